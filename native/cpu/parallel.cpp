@@ -1,0 +1,155 @@
+// The thread pool. One per process, made at the first parallel call, never destroyed (its threads sleep until the process
+// ends). A caller that finds it busy runs its tasks itself: always correct, and no caller ever waits for another's step.
+#include "parallel.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+
+#if defined(__SSE2__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+namespace {
+
+// Flushes subnormals for the current thread while it lives: the same results on every backend (GPUs flush too), and no
+// slow path for the tiny values that decaying moments pass through.
+class FlushSubnormals {
+ public:
+#if defined(__SSE2__) || defined(_M_X64)
+  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80u | 0x8040u); }  // masked, to nearest, FTZ + DAZ
+  ~FlushSubnormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  FlushSubnormals() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    __asm__ volatile("msr fpcr, %0" ::"r"(uint64_t(1) << 24));
+  }
+  ~FlushSubnormals() { __asm__ volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#endif
+};
+
+struct Work {
+  a8_task task;
+  const a8_job* job;
+  uint32_t first, count;
+  std::atomic<uint32_t> next{0};
+
+  void run() {
+    FlushSubnormals flush;
+    for (uint32_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(job, first + i);
+  }
+};
+
+void pause_briefly() {
+#if defined(__SSE2__) || defined(_M_X64)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+class Pool {
+ public:
+  // False when the pool is busy: nothing was run.
+  bool try_run(uint32_t threads, Work* work) {
+    std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
+    if (!owner.owns_lock()) return false;
+    grow(threads - 1);
+    uint32_t helpers = threads - 1 < workers_ ? threads - 1 : workers_;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      work_ = work;
+      wanted_ = helpers;
+      running_.store(helpers, std::memory_order_relaxed);
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    work->run();
+    // The last tasks are short: spinning costs less than being woken.
+    for (int spins = 0; running_.load(std::memory_order_acquire) != 0; ++spins)
+      spins < 4096 ? pause_briefly() : std::this_thread::yield();
+    return true;
+  }
+
+ private:
+  void grow(uint32_t wanted) {
+    while (workers_ < wanted) {
+      try {
+        std::thread(&Pool::serve, this, workers_, generation_.load()).detach();
+      } catch (const std::system_error&) {
+        return;  // fewer threads, the same result
+      }
+      ++workers_;
+    }
+  }
+
+  void serve(uint32_t rank, uint32_t seen) {
+    for (;;) {
+      // Phases of one step follow each other within microseconds: spin a little before sleeping.
+      for (int spins = 0; spins < 2000 && generation_.load(std::memory_order_acquire) == seen; ++spins) pause_briefly();
+      Work* work;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
+        seen = generation_.load(std::memory_order_relaxed);
+        if (rank >= wanted_) continue;
+        work = work_;
+      }
+      work->run();
+      running_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  std::mutex owner_, mutex_;
+  std::condition_variable wake_;
+  std::atomic<uint32_t> generation_{0}, running_{0};
+  Work* work_ = nullptr;
+  uint32_t wanted_ = 0, workers_ = 0;
+};
+
+std::atomic<Pool*> pool{nullptr};
+std::mutex* pool_mutex = new std::mutex;
+
+Pool* pool_of_this_process() {
+  Pool* found = pool.load(std::memory_order_acquire);
+  if (found) return found;
+  std::lock_guard<std::mutex> lock(*pool_mutex);
+  found = pool.load(std::memory_order_relaxed);
+  if (!found) {
+#if !defined(_WIN32)
+    // A forked child has none of the parent's threads and maybe its locks held: it starts anew and leaks the old pool.
+    static const int registered = pthread_atfork(nullptr, nullptr, [] {
+      pool.store(nullptr);
+      pool_mutex = new std::mutex;
+    });
+    (void)registered;
+#endif
+    found = new Pool;
+    pool.store(found, std::memory_order_release);
+  }
+  return found;
+}
+
+}  // namespace
+
+void a8_parallel(uint32_t threads, uint32_t first, uint32_t count, a8_task task, const a8_job* job) {
+  Work work;
+  work.task = task;
+  work.job = job;
+  work.first = first;
+  work.count = count;
+  uint32_t useful = threads < count ? threads : count;
+  if (useful < 2 || !pool_of_this_process()->try_run(useful, &work)) work.run();
+}

@@ -1,0 +1,87 @@
+// The storage formats of optimizer state: log8, int8, nf4, bf16. One element or one block's header at a time, in
+// registers. A format never changes under its name; a different one gets a new name (tests hold snapshots).
+#pragma once
+
+#include "math.h"
+
+// --- log8: a positive float's bits are its piecewise-linear logarithm. Block header: {lo, step}. ---
+// Code 0 is zero; code c >= 1 is the float whose bits are lo + (c - 1) * step. Subnormals, negatives count as zero and
+// NaN as infinity, so that the header is the same integers whatever a processor does with them.
+
+#define A8_LOG8_SMALLEST 0x00800000
+#define A8_LOG8_INFINITY 0x7f800000
+
+// The mask is arithmetic on purpose: as a comparison it keeps g++ from vectorising the extremes of a block.
+A8_FN int32_t a8_log8_bits(float x) {
+  int32_t bits = (int32_t)a8_bits(x);
+  bits = bits < 0 ? 0 : bits;
+  bits = bits > A8_LOG8_INFINITY ? A8_LOG8_INFINITY : bits;
+  return bits & ~((bits - A8_LOG8_SMALLEST) >> 31);
+}
+
+// For the minimum over non-zero values: zero wraps to the largest unsigned.
+A8_FN uint32_t a8_log8_low_key(int32_t bits) { return (uint32_t)bits - 1u; }
+
+// From the smallest a8_log8_low_key and the largest bits of a block. An all-zero block is {0, 1}.
+A8_FN int32_t a8_log8_lo(uint32_t low_key) { return low_key == 0xffffffffu ? 0 : (int32_t)(low_key + 1u); }
+
+A8_FN int32_t a8_log8_step(int32_t lo, int32_t hi) {
+  int32_t step = (int32_t)(((uint32_t)(hi - lo) + 253u) / 254u);
+  return step < 1 ? 1 : step;
+}
+
+// What the encoder subtracts: lo, except that the zeros of an all-zero block (lo = 0) must lie far below it.
+A8_FN int32_t a8_log8_origin(int32_t lo) { return lo == 0 ? 0x40000000 : lo; }
+
+// The code of a8_log8_bits(x). offset in [1, 2): A8_LOG8_NEAREST, or uniform for stochastic rounding; inverse_step =
+// 1 / step. Zero needs no case of its own: lo >= A8_LOG8_SMALLEST >= step puts it a whole step below code 1.
+#define A8_LOG8_NEAREST 1.5f
+A8_FN uint32_t a8_log8_encode(int32_t bits, int32_t origin, float inverse_step, float offset) {
+  int32_t code = (int32_t)((float)(bits - origin) * inverse_step + offset);
+  code = code < 0 ? 0 : code;
+  return (uint32_t)(code > 255 ? 255 : code);
+}
+
+A8_FN float a8_log8_decode(uint32_t code, int32_t lo, int32_t step) {
+  uint32_t bits = (uint32_t)(lo - step) + code * (uint32_t)step;
+  return a8_float(code == 0 ? 0u : bits);
+}
+
+// The middle of one of the 2^16 cells of [1, 2), from one half of the noise word of an element's pair.
+A8_FN float a8_offset(uint32_t half) { return a8_float(0x3f800040u | half << 7); }
+
+// --- Formats scaled by the block's largest magnitude: int8 and nf4. Block header: float32 scale. ---
+// A block whose largest magnitude is below 1e-36 is stored as zeros (its reciprocal would overflow). A block that holds
+// a NaN or infinity decodes to NaN everywhere: nothing of it can be trusted.
+
+#define A8_ABSMAX_SMALLEST 1e-36f
+
+A8_FN uint32_t a8_magnitude_bits(float x) { return a8_bits(x) & 0x7fffffffu; }
+
+A8_FN int32_t a8_absmax_finite(uint32_t absmax_bits) { return absmax_bits < 0x7f800000u; }
+
+A8_FN float a8_absmax_inverse(uint32_t absmax_bits, float levels) {
+  float absmax = a8_float(absmax_bits);
+  return absmax < A8_ABSMAX_SMALLEST ? 0.0f : a8_div(levels, absmax);
+}
+
+A8_FN float a8_absmax_scale(uint32_t absmax_bits, float levels) {
+  float absmax = a8_float(absmax_bits);
+  float scale = absmax < A8_ABSMAX_SMALLEST ? 0.0f : a8_div(absmax, levels);
+  return a8_absmax_finite(absmax_bits) ? scale : a8_float(0x7fc00000u);
+}
+
+// int8: linear, to nearest even. inverse = 127 / absmax, scale = absmax / 127.
+#define A8_INT8_LEVELS 127.0f
+A8_FN int32_t a8_int8_encode(float x, float inverse) {
+  // Adding 1.5 * 2^23 leaves the rounded integer in the low bits: one add where a conversion costs several.
+  return (int32_t)(a8_bits(x * inverse + 12582912.0f) - 0x4b400000u);
+}
+A8_FN float a8_int8_decode(int32_t code, float scale) { return (float)code * scale; }
+
+// nf4: the 16 levels of QLoRA (Dettmers et al. 2023, appendix E); element 2k in the low half of byte k.
+#define A8_NF4_LEVELS_LIST                                                                                            \
+  -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,                    \
+      -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,                 \
+      0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f
+#define A8_NF4_ZERO 7u

@@ -1,0 +1,19 @@
+// Sizes that fix how work is cut and therefore the order of every sum. All backends share them, so they are part of
+// the numerics: changing one changes the bits of Adafactor. Plain integers, read by Python too (loader/sources.py).
+#pragma once
+
+// Elements of one chunk of the flattened tensor: the unit of work of every element-wise pass and of the norms.
+#define A8_CHUNK 16384
+
+// Accumulators of a sum: element e goes to accumulator e % A8_LANES, then the accumulators are folded in halves.
+#define A8_LANES 256
+
+// One tile of a matrix in the row/column reduction: A8_TILE_ROWS x A8_TILE_COLS. A column is summed over runs of
+// A8_RUN_ROWS rows (what one warp holds in registers), then over the runs of the tile in order.
+#define A8_TILE_ROWS 512
+#define A8_TILE_COLS 1024
+#define A8_RUN_ROWS 64
+
+// Block sizes of a quantised state: powers of two in this range.
+#define A8_MIN_BLOCK 32
+#define A8_MAX_BLOCK 4096

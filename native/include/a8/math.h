@@ -1,0 +1,190 @@
+// The arithmetic of the updates, once for every backend. Receives and returns float32 values in registers; touches no
+// memory. Only correctly rounded operations (+, -, *, /, sqrt), integer operations and comparisons, and no fma, so that
+// the baseline instruction set, which has none, gives the same bits at vector speed (docs/decisions/0002-no-fma.md).
+#pragma once
+
+#include "abi.h"
+
+// --- Noise: a counter-based hash, so that replicas and backends draw the same bits (design: never a device RNG). ---
+
+typedef struct a8_noise {
+  uint32_t first;
+  uint32_t second;
+} a8_noise;
+
+// What the noise is for. Different streams never share bits.
+enum a8_stream { A8_STREAM_SECOND = 1, A8_STREAM_WRITE = 2 };
+
+// The 32-bit finaliser "lowbias32" (C. Wellons, hash-prospector): a bijection with bias 0.17 of the ideal's.
+A8_FN uint32_t a8_mix(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+A8_FN a8_noise a8_noise_key(uint32_t seed_low, uint32_t seed_high, uint32_t step, uint32_t noise_id, uint32_t stream) {
+  uint32_t key = a8_mix(seed_low + 0x9e3779b9u);
+  key = a8_mix(key ^ seed_high);
+  key = a8_mix(key ^ step);
+  key = a8_mix(key ^ noise_id);
+  key = a8_mix(key ^ stream);
+  a8_noise noise;
+  noise.first = key;
+  noise.second = a8_mix(key ^ 0x85ebca6bu);
+  return noise;
+}
+
+// Where a run of fewer than 2^32 pairs begins: folds the high half of a 64-bit pair index into the key.
+A8_FN a8_noise a8_noise_at(a8_noise key, uint64_t pair) {
+  key.first += (uint32_t)pair;
+  key.second += (uint32_t)(pair >> 32) * 0x9e3779b9u;
+  return key;
+}
+
+// 32 bits for the pair of elements (2 * pair, 2 * pair + 1): the even one takes the low half.
+A8_FN uint32_t a8_noise_word(a8_noise key, uint32_t pair) {
+  uint32_t x = key.first + pair;
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x ^= key.second;
+  x *= 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// --- 16-bit floats. ---
+
+A8_FN float a8_from_bf16(uint32_t h) { return a8_float(h << 16); }
+
+A8_FN float a8_from_f16(uint32_t h) {
+  uint32_t magnitude = h & 0x7fffu;
+  uint32_t normal = (magnitude << 13) + (112u << 23);
+  normal += magnitude >= 0x7c00u ? 112u << 23 : 0u;
+  // Subnormals by an exact product: shifted into place they would be float32 subnormals, which are flushed.
+  uint32_t tiny = a8_bits((float)(int32_t)magnitude * 5.9604644775390625e-8f);
+  return a8_float((magnitude < 0x400u ? tiny : normal) | ((h & 0x8000u) << 16));
+}
+
+// To nearest, ties to even. NaN becomes the quiet NaN of its sign; infinity stays.
+A8_FN uint32_t a8_to_bf16(float x) {
+  uint32_t bits = a8_bits(x);
+  uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  uint32_t nan = (bits >> 16 & 0x8000u) | 0x7fc0u;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+}
+
+// Stochastically: up with the probability of the dropped fraction. noise: 16 bits. NaN and infinity pass unchanged.
+A8_FN uint32_t a8_to_bf16_stochastic(float x, uint32_t noise) {
+  uint32_t bits = a8_bits(x);
+  uint32_t rounded = (bits + noise) >> 16;
+  return (bits & 0x7fffffffu) >= 0x7f800000u ? a8_to_bf16(x) : rounded;
+}
+
+A8_FN uint32_t a8_to_f16(float x) {
+  uint32_t bits = a8_bits(x);
+  uint32_t sign = bits >> 16 & 0x8000u;
+  uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  // 0.5 has the spacing of float16's subnormals (2^-24), so the adder rounds for us.
+  uint32_t tiny = a8_bits(a8_float(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t result = magnitude < 0x38800000u ? tiny : normal;
+  result = magnitude >= 0x477ff000u ? 0x7c00u : result;
+  result = magnitude > 0x7f800000u ? 0x7e00u : result;
+  return result | sign;
+}
+
+A8_FN uint32_t a8_to_f16_stochastic(float x, uint32_t noise) {
+  uint32_t bits = a8_bits(x);
+  uint32_t sign = bits >> 16 & 0x8000u;
+  uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t normal = (magnitude + (noise & 0x1fffu) - (112u << 23)) >> 13;
+  normal = normal > 0x7c00u ? 0x7c00u : normal;
+  float small = magnitude < 0x38800000u ? a8_float(magnitude) : 0.0f;
+  uint32_t tiny = (uint32_t)(int32_t)(small * 16777216.0f + (float)(int32_t)noise * 1.52587890625e-5f);
+  uint32_t result = magnitude < 0x38800000u ? tiny : normal;
+  return (magnitude >= 0x7f800000u ? a8_to_f16(x) & 0x7fffu : result) | sign;
+}
+
+// --- Adam. Kingma & Ba 2015, Algorithm 1; AdamW: Loshchilov & Hutter 2019, Algorithm 2. ---
+
+typedef struct a8_adam_rule {
+  float beta1, one_minus_beta1, beta2, one_minus_beta2;
+  float decay;      // 1 - lr * weight_decay, or 1 with L2
+  float l2;         // weight_decay when it is added to the gradient, or 0
+  float step_size;  // lr / (1 - beta1^t)
+  float root_bias;  // 1 / sqrt(1 - beta2^t)
+  float eps;
+  uint32_t sign;  // flips the gradient when maximising
+} a8_adam_rule;
+
+A8_FN a8_adam_rule a8_adam_rule_of(const a8_hyper* h, float lr) {
+  a8_adam_rule rule;
+  rule.beta1 = h->beta1;
+  rule.one_minus_beta1 = h->one_minus_beta1;
+  rule.beta2 = h->beta2;
+  rule.one_minus_beta2 = h->one_minus_beta2;
+  rule.decay = h->flags & A8_L2_DECAY ? 1.0f : 1.0f - lr * h->weight_decay;
+  rule.l2 = h->flags & A8_L2_DECAY ? h->weight_decay : 0.0f;
+  rule.step_size = lr * h->bias1;
+  rule.root_bias = h->bias2;
+  rule.eps = h->eps;
+  rule.sign = h->flags & A8_MAXIMIZE ? 0x80000000u : 0u;
+  return rule;
+}
+
+A8_FN float a8_signed(float g, uint32_t sign) { return a8_float(a8_bits(g) ^ sign); }
+
+// The gradient that the moments see. With no L2 term it is untouched: 0 * p is not 0 for an infinite p.
+A8_FN float a8_adam_gradient(const a8_adam_rule* r, float g, float p) {
+  float gradient = a8_signed(g, r->sign);
+  return r->l2 != 0.0f ? gradient + r->l2 * p : gradient;
+}
+
+A8_FN float a8_adam_first(const a8_adam_rule* r, float m, float g) { return r->beta1 * m + r->one_minus_beta1 * g; }
+
+A8_FN float a8_adam_second(const a8_adam_rule* r, float v, float g) {
+  return r->beta2 * v + (r->one_minus_beta2 * g) * g;
+}
+
+A8_FN float a8_adam_param(const a8_adam_rule* r, float p, float m, float v) {
+  float root = a8_sqrt(v) * r->root_bias + r->eps;
+  return p * r->decay - r->step_size * a8_div(m, root);
+}
+
+// --- Adafactor. Shazeer & Stern 2018, Algorithms 4 and 5, with torch.optim.Adafactor's eps1 and weight decay. ---
+
+// NaN stays NaN: the comparison is false for it.
+A8_FN float a8_at_most(float x, float bound) { return x > bound ? bound : x; }
+A8_FN float a8_at_least(float x, float bound) { return x < bound ? bound : x; }
+
+// An average moved towards x. Never negative for x, average >= 0, unlike average + w * (x - average).
+A8_FN float a8_average(const a8_hyper* h, float average, float x) {
+  return h->beta2 * average + h->one_minus_beta2 * x;
+}
+
+// 1 / sqrt(v), at most 1 / eps: the reciprocal root of max(v, eps^2), for elements, row means and column means alike.
+A8_FN float a8_reciprocal_root(float v) { return a8_div(1.0f, a8_sqrt(v)); }
+
+typedef struct a8_adafactor_rule {
+  float decay;      // of the parameter
+  float step_size;  // alpha / max(1, RMS(u) / d)
+} a8_adafactor_rule;
+
+// param_squares, update_squares: sums over the tensor's numel elements of p^2 and u^2.
+// h->bias1: factor of the step size (bias corrections); h->bias2: upper bound of lr (relative_step), or FLT_MAX.
+A8_FN a8_adafactor_rule a8_adafactor_rule_of(const a8_hyper* h, float lr, float numel, float param_squares, float update_squares) {
+  float rho = a8_at_most(lr, h->bias2);
+  float alpha = rho;
+  if (h->flags & A8_SCALE_PARAMETER) alpha = a8_at_least(a8_sqrt(a8_div(param_squares, numel)), h->eps2) * rho;
+  alpha = alpha * h->bias1;
+  a8_adafactor_rule rule;
+  rule.decay = 1.0f - (h->flags & A8_SCALE_DECAY ? alpha : rho) * h->weight_decay;
+  rule.step_size = alpha;
+  if (h->clip > 0.0f) {
+    float excess = a8_div(a8_sqrt(a8_div(update_squares, numel)), h->clip);
+    rule.step_size = a8_div(alpha, a8_at_least(excess, 1.0f));
+  }
+  return rule;
+}
