@@ -1,0 +1,37 @@
+"""Every entry of the native libraries: its prototype and the capability that it belongs to.
+
+The only place in Python where prototypes are written; tests/loader compares them with native/include/a8/abi.h and with
+the symbols of the built libraries. A new entry is one row here and one line there.
+"""
+
+from __future__ import annotations
+
+from ctypes import POINTER, c_char_p, c_int32, c_uint32
+from typing import Any, NamedTuple
+
+from .structs import Batch, Codec, Exec, Info, Op
+
+
+class Signature(NamedTuple):
+    """Prototype of one entry. ``op`` is the bit of ``a8_info.ops`` that promises it; None: every library has it."""
+
+    name: str
+    restype: Any
+    argtypes: tuple[Any, ...]
+    op: Op | None
+
+
+_EXEC = POINTER(Exec)
+_STATUS = c_int32
+
+GET_INFO = Signature("a8_get_info", _STATUS, (POINTER(Info),), None)
+LAST_ERROR = Signature("a8_last_error", c_char_p, (), None)
+
+SIGNATURES: tuple[Signature, ...] = (
+    GET_INFO,
+    LAST_ERROR,
+    Signature("a8_quantize", _STATUS, (_EXEC, POINTER(Codec)), Op.CODEC),
+    Signature("a8_dequantize", _STATUS, (_EXEC, POINTER(Codec)), Op.CODEC),
+    Signature("a8_adam", _STATUS, (_EXEC, POINTER(Batch)), Op.ADAM),
+    Signature("a8_adafactor", _STATUS, (_EXEC, POINTER(Batch), c_uint32), Op.ADAFACTOR),
+)

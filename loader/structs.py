@@ -1,0 +1,259 @@
+"""The structs and enums of native/include/a8/abi.h, for ctypes. tests/loader compares them with the header.
+
+Layouts are natural (no ``_pack_``), and every pointer is a plain ``c_void_p``: a table of tensors may hold device
+addresses, and ``numpy.dtype(Tensor)`` gives a record type of the same layout.
+"""
+
+from __future__ import annotations
+
+from ctypes import (
+    Structure,
+    c_char,
+    c_float,
+    c_int32,
+    c_int64,
+    c_uint8,
+    c_uint16,
+    c_uint32,
+    c_void_p,
+)
+from enum import IntEnum, IntFlag
+
+ABI_VERSION = 1
+
+
+class Status(IntEnum):
+    """``a8_status``: what an entry returns."""
+
+    OK = 0
+    ERROR_ARGUMENT = 1
+    ERROR_UNSUPPORTED = 2
+    ERROR_MEMORY = 3
+    ERROR_DEVICE = 4
+    ERROR_INTERNAL = 5
+
+
+class Dtype(IntEnum):
+    """``a8_dtype``: types of parameters and gradients."""
+
+    F32 = 0
+    BF16 = 1
+    F16 = 2
+
+
+class Format(IntEnum):
+    """``a8_format``: how a moment is stored."""
+
+    NONE = 0
+    STATE_F32 = 1
+    STATE_BF16 = 2
+    INT8 = 3
+    NF4 = 4
+    LOG8 = 5
+    FACTORED = 6
+
+
+class Isa(IntEnum):
+    """``a8_isa``: instruction-set variants of the CPU library, worst first. ``a8_info`` holds sets of ``1 << isa``."""
+
+    AUTO = 0
+    BASELINE = 1
+    AVX2 = 2
+    AVX512 = 3
+    NEON = 4
+
+
+class Op(IntFlag):
+    """``a8_op``: what a library can do."""
+
+    CODEC = 1
+    ADAM = 2
+    ADAFACTOR = 4
+
+
+class Flag(IntFlag):
+    """``a8_flag``: bits of ``Hyper.flags``."""
+
+    MAXIMIZE = 1
+    L2_DECAY = 2
+    STOCHASTIC_STATE = 4
+    STOCHASTIC_WRITE = 8
+    SCALE_PARAMETER = 16
+    SCALE_DECAY = 32
+
+
+class Phase(IntFlag):
+    """``a8_phase``: phases of an Adafactor step, in order."""
+
+    REDUCE = 1
+    MOMENTS = 2
+    NORM = 4
+    APPLY = 8
+    ALL_PHASES = 15
+
+
+class Info(Structure):
+    """``a8_info``: what a library is."""
+
+    _fields_ = [
+        ("abi_version", c_uint32),
+        ("ops", c_uint32),
+        ("sizeof_info", c_uint32),
+        ("sizeof_exec", c_uint32),
+        ("sizeof_hyper", c_uint32),
+        ("sizeof_tensor", c_uint32),
+        ("sizeof_chunk", c_uint32),
+        ("sizeof_batch", c_uint32),
+        ("sizeof_codec", c_uint32),
+        ("chunk", c_uint32),
+        ("tile_rows", c_uint32),
+        ("tile_cols", c_uint32),
+        ("isa_built", c_uint32),
+        ("isa_usable", c_uint32),
+        ("isa_best", c_uint32),
+        ("toolkit", c_uint32),
+        ("backend", c_char * 16),
+        ("version", c_char * 32),
+        ("architectures", c_char * 128),
+    ]
+
+
+class Exec(Structure):
+    """``a8_exec``: where and how to run."""
+
+    _fields_ = [
+        ("device", c_int32),
+        ("threads", c_uint32),
+        ("isa", c_uint32),
+        ("isa_ran", c_uint32),
+        ("stream", c_void_p),
+        ("scratch", c_void_p),
+        ("scratch_bytes", c_int64),
+    ]
+
+
+class Hyper(Structure):
+    """``a8_hyper``: hyper-parameters of the tensors that share them."""
+
+    _fields_ = [
+        ("lr", c_float),
+        ("beta1", c_float),
+        ("beta2", c_float),
+        ("one_minus_beta1", c_float),
+        ("one_minus_beta2", c_float),
+        ("eps", c_float),
+        ("eps2", c_float),
+        ("weight_decay", c_float),
+        ("bias1", c_float),
+        ("bias2", c_float),
+        ("clip", c_float),
+        ("flags", c_uint32),
+        ("seed_low", c_uint32),
+        ("seed_high", c_uint32),
+        ("step", c_uint32),
+        ("reserved", c_uint32),
+        ("lr_device", c_void_p),
+    ]
+
+
+class Tensor(Structure):
+    """``a8_tensor``: one parameter with its gradient and state."""
+
+    _fields_ = [
+        ("param", c_void_p),
+        ("grad", c_void_p),
+        ("first", c_void_p),
+        ("first_block", c_void_p),
+        ("second", c_void_p),
+        ("second_block", c_void_p),
+        ("numel", c_int64),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("chunk_at", c_int64),
+        ("tile_at", c_int64),
+        ("row_at", c_int64),
+        ("col_at", c_int64),
+        ("sum_at", c_int64),
+        ("chunks", c_uint32),
+        ("tiles", c_uint32),
+        ("hyper", c_uint32),
+        ("noise_id", c_uint32),
+        ("first_block_size", c_uint32),
+        ("second_block_size", c_uint32),
+        ("param_dtype", c_uint8),
+        ("grad_dtype", c_uint8),
+        ("first_format", c_uint8),
+        ("second_format", c_uint8),
+        ("reserved", c_uint32),
+    ]
+
+
+class Chunk(Structure):
+    """``a8_chunk``: one unit of work."""
+
+    _fields_ = [
+        ("tensor", c_uint32),
+        ("part", c_uint32),
+    ]
+
+
+class Batch(Structure):
+    """``a8_batch``: all tensors of a step on one device."""
+
+    _fields_ = [
+        ("tensors", c_void_p),
+        ("chunks", c_void_p),
+        ("tiles", c_void_p),
+        ("hypers", c_void_p),
+        ("tensor_count", c_uint32),
+        ("chunk_count", c_uint32),
+        ("tile_count", c_uint32),
+        ("hyper_count", c_uint32),
+    ]
+
+
+class Codec(Structure):
+    """``a8_codec``: one array to quantise or dequantise."""
+
+    _fields_ = [
+        ("values", c_void_p),
+        ("codes", c_void_p),
+        ("blocks", c_void_p),
+        ("numel", c_int64),
+        ("block_size", c_uint32),
+        ("stochastic", c_uint32),
+        ("seed_low", c_uint32),
+        ("seed_high", c_uint32),
+        ("dtype", c_uint8),
+        ("format", c_uint8),
+        ("reserved", c_uint16),
+        ("reserved2", c_uint32),
+    ]
+
+
+# In the order of the sizeof_* fields of Info: the C name of each struct is "a8_" + key.
+STRUCTS: dict[str, type[Structure]] = {
+    "info": Info,
+    "exec": Exec,
+    "hyper": Hyper,
+    "tensor": Tensor,
+    "chunk": Chunk,
+    "batch": Batch,
+    "codec": Codec,
+}
+
+# The C name of each enum is "a8_" + key.
+ENUMS: dict[str, type[IntEnum] | type[IntFlag]] = {
+    "status": Status,
+    "dtype": Dtype,
+    "format": Format,
+    "isa": Isa,
+    "op": Op,
+    "flag": Flag,
+    "phase": Phase,
+}
+
+
+def isa_names(mask: int) -> tuple[str, ...]:
+    """Lower-case names of the variants in a set of ``1 << isa`` (``Info.isa_built``); unknown bits are left out."""
+    return tuple(isa.name.lower() for isa in Isa if isa is not Isa.AUTO and mask >> isa & 1)
