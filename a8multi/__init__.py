@@ -1,0 +1,72 @@
+"""Low-bit PyTorch optimizers: the same code, the same checkpoint and the same bits on GPU and CPU-only machines.
+
+Importing this package loads no library, makes no CUDA context, prints nothing and does not import torch; every name
+below is resolved when it is first used (PEP 562).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Public name -> the module that defines it.
+_EXPORTS = {
+    "AdamW8bit": "a8multi.optim",
+    "Adam8bit": "a8multi.optim",
+    "Adafactor8bit": "a8multi.optim",
+    "Adafactor8Bit": "a8multi.optim",
+    "backends": "a8multi.backends",
+    "backend_for": "a8multi.backends",
+    "explain": "a8multi.backends",
+    "use_backend": "a8multi.backends",
+    "functional": "a8multi.functional",
+    "A8MultiError": "a8multi.errors",
+    "BackendUnavailable": "a8multi.errors",
+    "LibraryError": "a8multi.errors",
+    "LibraryIncompatible": "a8multi.errors",
+    "LibraryNotFound": "a8multi.errors",
+    "NativeError": "a8multi.errors",
+    "SettingError": "a8multi.errors",
+    "StateFormatError": "a8multi.errors",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from a8multi import functional as functional
+    from a8multi.backends import backend_for as backend_for
+    from a8multi.backends import backends as backends
+    from a8multi.backends import explain as explain
+    from a8multi.backends import use_backend as use_backend
+    from a8multi.errors import A8MultiError as A8MultiError
+    from a8multi.errors import BackendUnavailable as BackendUnavailable
+    from a8multi.errors import LibraryError as LibraryError
+    from a8multi.errors import LibraryIncompatible as LibraryIncompatible
+    from a8multi.errors import LibraryNotFound as LibraryNotFound
+    from a8multi.errors import NativeError as NativeError
+    from a8multi.errors import SettingError as SettingError
+    from a8multi.errors import StateFormatError as StateFormatError
+    from a8multi.optim import Adafactor8bit as Adafactor8bit
+    from a8multi.optim import Adafactor8Bit as Adafactor8Bit
+    from a8multi.optim import Adam8bit as Adam8bit
+    from a8multi.optim import AdamW8bit as AdamW8bit
+
+    __version__: str
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("a8multi")
+    elif name in _EXPORTS:
+        module = importlib.import_module(_EXPORTS[name])
+        value = module if module.__name__ == f"a8multi.{name}" else getattr(module, name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,60 @@
+"""What a backend is: the operations that the rest of the package calls, and how a backend says what it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from a8multi.plan import StepPlan
+from a8multi.quant.formats import StateFormat
+
+
+@dataclass(frozen=True)
+class BackendReport:
+    """What is known of one backend on this machine, as ``a8multi.backends()`` lists it.
+
+    Attributes:
+        name: "cuda", "cupy", "cpu" or "torch".
+        available: whether it can run here.
+        reason: why not, and what to do; empty when available.
+        path: of the loaded library, or None.
+        version: of the library or package, or None.
+        detail: the instruction set that runs, or the architectures compiled in.
+        ops: the operations it offers: "codec", "adam", "adafactor".
+        devices: types of the devices it serves; empty: all.
+    """
+
+    name: str
+    available: bool
+    reason: str = ""
+    path: str | None = None
+    version: str | None = None
+    detail: str = ""
+    ops: tuple[str, ...] = ()
+    devices: tuple[str, ...] = field(default=())
+
+
+class Backend(Protocol):
+    """The operations of a step. Every argument has been checked; tensors are contiguous and on one device.
+
+    hypers: records of ``plan.step_plan.HYPER``, one a row that items refer to.
+    """
+
+    name: str
+
+    def adam(self, plan: StepPlan, hypers: np.ndarray) -> None:
+        """One Adam or AdamW step: updates parameters and moments in place."""
+
+    def adafactor(self, plan: StepPlan, hypers: np.ndarray) -> None:
+        """One Adafactor step: updates parameters and moments in place."""
+
+    def quantize(
+        self, values: Tensor, codes: Tensor, blocks: Tensor, fmt: StateFormat, block_size: int, stochastic: bool, seed: int
+    ) -> None:
+        """Writes codes and block headers of ``values``."""
+
+    def dequantize(self, codes: Tensor, blocks: Tensor, values: Tensor, fmt: StateFormat, block_size: int) -> None:
+        """Writes the values of ``codes``."""

@@ -1,0 +1,191 @@
+"""Which backend runs an operation on a device: probe, select, explain.
+
+One row of ``BACKENDS`` is one backend: its name, the devices it serves and the class that runs it. Nothing is probed
+before the first operation needs it. Automatic choice falls from one backend to the next and says so once, with the
+reason; a forced choice that cannot run raises.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from a8multi import settings
+from a8multi.errors import A8MultiError, BackendUnavailable
+
+from .base import Backend, BackendReport
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A row of the registry. devices: types it serves, empty for all; arguments: of the class."""
+
+    name: str
+    devices: tuple[str, ...]
+    module: str
+    kind: str
+    arguments: tuple[str, ...] = ()
+
+
+# In the order of automatic choice. A new backend is one module and one row.
+BACKENDS = (
+    _Entry("cuda", ("cuda",), "a8multi.backends.native", "NativeBackend", ("cuda",)),
+    _Entry("cupy", ("cuda",), "a8multi.backends.cupy", "CupyBackend"),
+    _Entry("cpu", ("cpu",), "a8multi.backends.native", "NativeBackend", ("cpu",)),
+    _Entry("torch", (), "a8multi.backends.torch", "TorchBackend"),
+)
+
+_loaded: dict[str, Any] = {}  # name -> the backend, or the error that says why there is none
+_told: set[str] = set()
+_lock = threading.Lock()
+_override: ContextVar[tuple[str, ...] | None] = ContextVar("a8multi_backend", default=None)
+
+
+def _load(entry: _Entry) -> Any:
+    """The backend of a row; raises the reason, the same one each time, when it cannot run here."""
+    with _lock:
+        if entry.name not in _loaded:
+            try:
+                module = importlib.import_module(entry.module)
+                _loaded[entry.name] = getattr(module, entry.kind)(*entry.arguments)
+            except A8MultiError as error:
+                _loaded[entry.name] = error
+        found = _loaded[entry.name]
+    if isinstance(found, A8MultiError):
+        raise found
+    return found
+
+
+def _serves(entry: _Entry, device: torch.device) -> bool:
+    # A ROCm build of torch calls its devices "cuda", but neither library nor NVRTC runs there.
+    return not entry.devices or (device.type in entry.devices and not (device.type == "cuda" and torch.version.hip))
+
+
+def _refusal(entry: _Entry, device: torch.device, op: str) -> str | None:
+    """Why this backend cannot run ``op`` on ``device``; None when it can."""
+    if not _serves(entry, device):
+        return f"it serves {' and '.join(entry.devices)} tensors, not {device.type}"
+    try:
+        report = _load(entry).report()
+    except A8MultiError as error:
+        return str(error)
+    return None if op in report.ops else f"it does not offer {op} (it offers {', '.join(report.ops)})"
+
+
+def _forced() -> tuple[str, ...] | None:
+    return _override.get() or settings.backend()
+
+
+def backend_for(device: torch.device | str, op: str = "adam") -> Backend:
+    """The backend that runs ``op`` on tensors of ``device`` now.
+
+    Args:
+        device: of the parameters.
+        op: "codec", "adam" or "adafactor".
+    Raises:
+        BackendUnavailable: none of the backends that A8MULTI_BACKEND or ``use_backend`` names can; says why for each.
+        SettingError: A8MULTI_BACKEND holds an unknown name.
+    """
+    device = torch.device(device)
+    forced = _forced()
+    rows = [row for name in forced for row in BACKENDS if row.name == name] if forced else BACKENDS
+    refused: list[tuple[str, str]] = []
+    for row in rows:
+        if forced is None and not _serves(row, device):
+            continue
+        reason = _refusal(row, device, op)
+        if reason is None:
+            backend: Backend = _load(row)
+            if hasattr(backend, "check"):
+                backend.check()
+            _tell(device, op, row.name, refused)
+            return backend
+        refused.append((row.name, reason))
+    tried = "\n".join(f"  {name}: {reason}" for name, reason in refused)
+    raise BackendUnavailable(
+        f"no backend can run {op} on {device} tensors. Tried, in order:\n{tried}\n"
+        f"What to do: {'unset ' + settings.BACKEND.name + ' or leave use_backend()' if forced else 'report this'}, "
+        f"or name another backend; a8multi.explain() shows what this machine offers."
+    )
+
+
+def _tell(device: torch.device, op: str, chosen: str, refused: list[tuple[str, str]]) -> None:
+    """Log an automatic fallback once a process."""
+    if not refused or _forced() is not None:
+        return
+    key = f"{device.type} {op} {chosen}"
+    with _lock:
+        if key in _told:
+            return
+        _told.add(key)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
+    settings.logger().warning("%s on %s tensors runs on the %r backend: %s", op, device.type, chosen, reasons)
+
+
+@contextmanager
+def use_backend(*names: str) -> Iterator[None]:
+    """Force a backend, or several in order of preference, within a ``with`` block. Overrides A8MULTI_BACKEND.
+
+    Args:
+        names: of "cuda", "cupy", "cpu", "torch"; "auto" alone restores automatic choice unless the variable forces one.
+    Raises:
+        ValueError: for an unknown name; lists the valid ones. That a known one cannot run is raised by its first use.
+
+    Example:
+        >>> with a8multi.use_backend("torch"):
+        ...     optimizer.step()
+    """
+    unknown = [name for name in names if name not in settings.BACKEND_NAMES]
+    if names != ("auto",) and (unknown or not names):
+        raise ValueError(f"unknown backend {unknown or names!r}: expected auto, {', '.join(settings.BACKEND_NAMES)}")
+    token = _override.set(None if names == ("auto",) else names)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def backends() -> list[BackendReport]:
+    """A report of every backend, whether it can run here or not."""
+    reports = []
+    for row in BACKENDS:
+        try:
+            report = _load(row).report()
+        except A8MultiError as error:
+            report = BackendReport(row.name, False, str(error))
+        reports.append(replace(report, devices=row.devices))
+    return reports
+
+
+def explain() -> str:
+    """``backends()`` as text, and which backend each kind of device gets, with the reason."""
+    lines = ["Backends, in order of automatic choice:"]
+    for report in backends():
+        state = "available" if report.available else "not available"
+        facts = [report.version and f"version {report.version}", report.detail, report.path]
+        lines.append(f"  {report.name:6} {state}: " + ", ".join(str(fact) for fact in facts if fact))
+        lines.extend(f"         {line}" for line in report.reason.splitlines())
+    forced = _forced()
+    lines.append(f"Choice: {'forced to ' + ', '.join(forced) if forced else 'automatic'}")
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        for op in ("adam", "adafactor", "codec"):
+            try:
+                lines.append(f"  {op} on {device}: {backend_for(device, op).name}")
+            except A8MultiError as error:
+                lines.append(f"  {op} on {device}: none")
+                lines.extend(f"    {line}" for line in str(error).splitlines())
+    return "\n".join(lines)
+
+
+def reset() -> None:
+    """Forget what was probed, so that changed settings are seen. For tests and notebooks."""
+    with _lock:
+        _loaded.clear()
+        _told.clear()

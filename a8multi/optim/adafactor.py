@@ -1,0 +1,214 @@
+"""Adafactor with quantised moments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from a8multi.backends.base import Backend
+from a8multi.backends.registry import backend_for, use_backend
+from a8multi.loader.structs import Flag
+from a8multi.plan import MomentSpec
+from a8multi.quant.formats import check_block_size
+
+from .adamw import common_flags, moment_spec
+from .base import Group, LowBitOptimizer, check_lr, check_number, check_seed
+
+_FLOAT_MAX = torch.finfo(torch.float32).max
+# Its square is the smallest normal float32: below it 1 / eps1 would meet a second moment that underflowed to zero.
+_LEAST_EPS1 = 1.1e-19
+_FIRST_FORMATS = ("nf4", "int8", "bf16", "fp32")
+# Options of adafactor8bit 0.2.4 that are not offered yet: what they are, and the value that leaves them off.
+_LATER = {
+    "beta3": ("CAME", None),
+    "apollo_rank": ("APOLLO", 0),
+    "enable_fira_for_adafactor": ("Fira's limiter", False),
+}
+
+
+class Adafactor8bit(LowBitOptimizer):
+    r"""Adafactor with an optional first moment, its element-wise state quantised. Alias: ``Adafactor8Bit``.
+
+    Names and defaults are those of the package ``adafactor8bit`` 0.2.4. Without ``beta1`` and with float32 state
+    (``quantize=False``), ``scale_weight_decay=False`` it equals :class:`torch.optim.Adafactor` on parameters of one and
+    two dimensions. Arithmetic is float32 whatever the parameter's type, the same bits on every compiled backend,
+    instruction set and number of threads.
+
+    The update, with :math:`\hat v` the second moment, :math:`\rho = \min(lr, 1/\sqrt t)` (``relative_step``) or
+    :math:`lr`, and :math:`\alpha = \rho \max(\epsilon_2, RMS(p))` (``scale_parameter``) or :math:`\rho`:
+
+    .. math::
+        u = m / \max(\sqrt{\hat v}, \epsilon_1), \quad
+        p \leftarrow p (1 - \alpha \lambda) - \alpha\, u / \max(1, RMS(u) / d)
+
+    where m is the gradient or, with ``beta1``, its moving average. Then :math:`\alpha` is multiplied by the bias
+    corrections :math:`\sqrt{1 - \beta_2^t} / (1 - \beta_1^t)` (fixed ``beta2``) or :math:`1 / (1 - \beta_1^t)`, unless
+    ``relative_step`` is on.
+
+    Args:
+        params: parameters or groups, float32, bfloat16 or float16. Each of the options below may differ by group.
+        lr: learning rate, >= 0; a float or a tensor of one element, read at every step.
+        beta1: decay of the first moment, in [0, 1); None: no first moment.
+        beta2: fixed decay of the second moment, in [0, 1); None: ``1 - t ** beta2_decay``.
+        beta2_decay: <= 0.
+        beta3: CAME; not available in this version.
+        eps: (eps1, eps2). eps1 bounds the root of the second moment from below; None: the machine epsilon of each
+            parameter's own dtype. eps2 bounds the parameter's RMS in the step size.
+        weight_decay: >= 0, decoupled; see ``scale_weight_decay``.
+        d: bound on the update's RMS, >= 0; 0 disables it (as does a very large one).
+        maximize: ascend instead of descend.
+        relative_step: bound lr by ``1 / sqrt(step)``.
+        scale_parameter: multiply the step by the parameter's RMS.
+        factored: keep row and column means of the squared gradient instead of an element-wise second moment, for
+            parameters of two or more dimensions.
+        quantize: quantise the element-wise state. May be changed between steps: the state is converted, not lost.
+        block_size: of an element-wise second moment (log8), a power of two from 32 to 4096.
+        m_block_size: of the first moment, likewise.
+        min_8bit_size: parameters with fewer elements keep float32 state.
+        use_cuda_kernel: False: run on the ``torch`` backend.
+        scale_weight_decay: weight decay uses :math:`\alpha` (True) or :math:`\rho`.
+        first_moment: "nf4" (packed, 4 bits), "int8", "bf16" or "fp32".
+        stochastic_rounding: of log8 codes, see :class:`AdamW8bit`.
+        stochastic_rounding_writeback: round bfloat16 and float16 parameters stochastically when they are written.
+        seed: of the noise, 0 to 2**64 - 1.
+        apollo_rank, apollo_update_proj_gap, apollo_scale_type, apollo_eps, apollo_factorize, enable_fira_for_adafactor,
+            fira_margin: APOLLO and Fira; not available in this version.
+
+    Raises:
+        ValueError: naming the parameter that is not valid.
+        NotImplementedError: CAME, APOLLO or Fira was asked for.
+
+    State: row and column means in float32 (0.01 bytes a parameter for a 768 x 3072 matrix), or one byte a parameter
+    when not factored; 0.53 bytes more for an nf4 first moment, 1.03 for int8.
+
+    Differences. From ``torch.optim.Adafactor``: tensors of more than two dimensions are factored as the most compact
+    matrix of the same memory order (see ``plan.matrix_shape``), not over their last two dimensions; weight decay is
+    scaled by alpha unless ``scale_weight_decay=False``; eps1 is resolved for each parameter. From ``adafactor8bit``
+    0.2.4: row and column means are not quantised; the update uses the first moment before it is quantised; block sizes
+    are powers of two.
+
+    Source: Shazeer & Stern 2018, arXiv:1804.04235, Algorithms 4 and 5; section 8 for beta2_decay.
+
+    Example:
+        >>> optimizer = a8multi.Adafactor8bit(model.parameters(), lr=1e-3, relative_step=False, beta2=0.999)
+    """
+
+    _op = "adafactor"
+    _format_options = (
+        "quantize",
+        "factored",
+        "first_moment",
+        "block_size",
+        "m_block_size",
+        "min_8bit_size",
+    )
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-2,
+        beta1: float | None = None,
+        beta2: float | None = None,
+        beta2_decay: float = -0.8,
+        beta3: float | None = None,
+        eps: tuple[float | None, float] = (None, 1e-3),
+        weight_decay: float = 0.0,
+        d: float = 1.0,
+        maximize: bool = False,
+        relative_step: bool = True,
+        scale_parameter: bool = True,
+        factored: bool = True,
+        quantize: bool = True,
+        block_size: int = 2048,
+        m_block_size: int = 128,
+        min_8bit_size: int = 4096,
+        use_cuda_kernel: bool = True,
+        apollo_rank: int = 0,
+        apollo_update_proj_gap: int = 200,
+        apollo_scale_type: str = "channel",
+        apollo_eps: float = 1e-8,
+        apollo_factorize: bool = False,
+        scale_weight_decay: bool = True,
+        enable_fira_for_adafactor: bool = False,
+        fira_margin: float = 0.01,
+        *,
+        first_moment: str = "nf4",
+        stochastic_rounding: bool = True,
+        stochastic_rounding_writeback: bool = False,
+        seed: int = 0,
+    ) -> None:
+        defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: Group) -> None:
+        for name, (what, off) in _LATER.items():
+            if group[name] != off:
+                raise NotImplementedError(f"{name}={group[name]!r}: {what} is not available yet; leave {name}={off!r}")
+        check_lr(group["lr"])
+        for name in ("beta1", "beta2"):
+            if group[name] is not None:
+                check_number(name, group[name], 0.0, 1.0)
+        if not (isinstance(group["beta2_decay"], (int, float)) and -math.inf < group["beta2_decay"] <= 0):
+            raise ValueError(f"beta2_decay must be a finite number <= 0, not {group['beta2_decay']!r}")
+        if not isinstance(group["eps"], (tuple, list)) or len(group["eps"]) != 2:
+            raise ValueError(f"eps must be two numbers, the first of them possibly None, not {group['eps']!r}")
+        if group["eps"][0] is not None:
+            check_number("eps[0]", group["eps"][0], 0.0)
+        check_number("eps[1]", group["eps"][1], 0.0)
+        check_number("weight_decay", group["weight_decay"], 0.0)
+        check_number("d", group["d"], 0.0)
+        check_number("min_8bit_size", group["min_8bit_size"], 0)
+        check_seed(group["seed"])
+        check_block_size("block_size", group["block_size"])
+        check_block_size("m_block_size", group["m_block_size"])
+        if group["first_moment"] not in _FIRST_FORMATS:
+            raise ValueError(f"first_moment must be one of {', '.join(_FIRST_FORMATS)}, not {group['first_moment']!r}")
+
+    def _moment_specs(self, group: Group, param: Tensor) -> tuple[MomentSpec | None, MomentSpec]:
+        min_numel = group["min_8bit_size"]
+        first = second = None
+        if group["beta1"] is not None:
+            name = group["first_moment"] if group["quantize"] else "fp32"
+            first = moment_spec(name, group["m_block_size"], param, min_numel)
+        if param.ndim >= 2 and group["factored"]:
+            second = MomentSpec(None)
+        else:
+            name = "log8" if group["quantize"] else "fp32"
+            second = moment_spec(name, group["block_size"], param, min_numel)
+        return first, second
+
+    def _hyper(self, group: Group, lr: float, step: int, dtype: torch.dtype) -> dict[str, Any]:
+        beta1, beta2 = group["beta1"] or 0.0, group["beta2"]
+        one_minus_beta2 = 1.0 - beta2 if beta2 is not None else float(step) ** group["beta2_decay"]
+        correction = 1.0
+        if group["beta1"] is not None and not group["relative_step"]:
+            correction = 1.0 / (1.0 - beta1**step)
+            if beta2 is not None:
+                correction *= math.sqrt(1.0 - beta2**step)
+        eps1, eps2 = group["eps"]
+        flags = Flag.SCALE_PARAMETER if group["scale_parameter"] else Flag(0)
+        flags |= Flag.SCALE_DECAY if group["scale_weight_decay"] else Flag(0)
+        return {
+            "lr": lr,
+            "beta1": beta1,
+            "beta2": 1.0 - one_minus_beta2,
+            "one_minus_beta1": 1.0 - beta1,
+            "one_minus_beta2": one_minus_beta2,
+            "eps": max(torch.finfo(dtype).eps if eps1 is None else eps1, _LEAST_EPS1),
+            "eps2": eps2,
+            "weight_decay": group["weight_decay"],
+            "bias1": correction,
+            "bias2": 1.0 / math.sqrt(step) if group["relative_step"] else _FLOAT_MAX,
+            "clip": group["d"],
+            "flags": int(flags) | common_flags(group),
+        }
+
+    def _backend(self, device: torch.device) -> Backend:
+        if all(group["use_cuda_kernel"] for group in self.param_groups):
+            return super()._backend(device)
+        with use_backend("torch"):
+            return backend_for(device, self._op)

@@ -1,0 +1,211 @@
+"""The state of one parameter: plain tensors with plain names, and an integer step.
+
+    step            int, steps taken
+    exp_avg         first moment: codes of the parameter's shape (nf4: packed bytes), or float values
+    exp_avg_block   its block headers, when quantised
+    exp_avg_sq      second moment, element by element: codes or float32 values
+    exp_avg_sq_block
+    row_var, col_var  second moment when factored: means of g^2 over columns and rows, float32
+
+Here state is made, checked, loaded and converted from one format to another; nothing else knows these names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from a8multi.backends.registry import backend_for
+from a8multi.errors import StateFormatError
+from a8multi.plan import Item, MomentSpec, matrix_shape
+from a8multi.quant.formats import FORMATS, StateFormat
+
+State = dict[str, Any]
+Specs = Callable[[dict[str, Any], Tensor], tuple[MomentSpec | None, MomentSpec]]
+
+_FIRST, _SECOND, _ROW, _COL = "exp_avg", "exp_avg_sq", "row_var", "col_var"
+
+
+def _block_name(name: str) -> str:
+    return f"{name}_block"
+
+
+def layout(
+    param: Tensor, first: MomentSpec | None, second: MomentSpec
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor of the state in these formats."""
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, spec in ((_FIRST, first), (_SECOND, second)):
+        if spec is None:
+            continue
+        if spec.format is None:
+            rows, cols = matrix_shape(param.shape)
+            tensors[_ROW], tensors[_COL] = ((rows,), torch.float32), ((cols,), torch.float32)
+            continue
+        tensors[name] = (spec.format.codes_shape(param.shape), spec.format.dtype)
+        if spec.format.header is not None:
+            shape = spec.format.blocks_shape(param.numel(), spec.block_size)
+            tensors[_block_name(name)] = (shape, spec.format.header)
+    return tensors
+
+
+def ensure(state: State, param: Tensor, first: MomentSpec | None, second: MomentSpec) -> None:
+    """Make the state, or bring what is there into these formats without losing it."""
+    wanted = layout(param, first, second)
+    held = {name: (tuple(value.shape), value.dtype) for name, value in state.items() if isinstance(value, Tensor)}
+    if held == wanted:
+        return
+    made: State = {"step": int(state.get("step", 0))}
+    if first is not None:
+        _put(made, _FIRST, first, param, _read(state, _FIRST, param))
+    if second.format is not None:
+        _put(made, _SECOND, second, param, _read_second(state, param))
+    else:
+        made[_ROW], made[_COL] = _means(state, param)
+    state.clear()
+    state.update(made)
+
+
+def tensors(
+    state: State, first: MomentSpec | None, second: MomentSpec
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """The tensors of an item: first, first_block, second, second_block."""
+    of_first = (state[_FIRST], state.get(_block_name(_FIRST))) if first is not None else (None, None)
+    if second.format is None:
+        return *of_first, state[_ROW], state[_COL]
+    return *of_first, state[_SECOND], state.get(_block_name(_SECOND))
+
+
+def holds(state: State | None, item: Item) -> bool:
+    """Whether the state still holds the very tensors of the item (a user may have put others there)."""
+    if state is not item.state:
+        return False
+    second = state.get(_ROW) if item.second_spec.format is None else state.get(_SECOND)
+    return state.get(_FIRST) is item.first and second is item.second
+
+
+def checked(
+    optimizer: torch.optim.Optimizer, given: dict[str, Any], options: tuple[str, ...], specs: Specs
+) -> dict[int, State]:
+    """Copies of the saved states by the parameter's number, on the parameters' devices.
+
+    Raises:
+        StateFormatError: a state is not in the formats that its group declares, or the group's formats are not those
+            of this optimizer's group.
+    """
+    groups, saved_groups = optimizer.param_groups, given["param_groups"]
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
+        return {}  # torch's own error says what differs
+    result: dict[int, State] = {}
+    number = 0
+    for where, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
+        _require_same_options(type(optimizer).__name__, where, group, saved_group, options)
+        for param, key in zip(group["params"], saved_group["params"], strict=True):
+            if key in given["state"]:
+                first, second = specs(saved_group, param)
+                result[number] = _checked_state(given["state"][key], param, layout(param, first, second), number)
+            number += 1
+    return result
+
+
+def _require_same_options(
+    kind: str, where: int, group: dict[str, Any], saved: dict[str, Any], options: tuple[str, ...]
+) -> None:
+    for name in options:
+        if name not in saved:
+            raise StateFormatError(
+                f"param_groups[{where}] of the state dict has no {name!r}: it was not saved by {kind}. State of other "
+                f"optimizers cannot be loaded."
+            )
+        if saved[name] != group[name]:
+            raise StateFormatError(
+                f"param_groups[{where}] of the state dict was saved with {name}={saved[name]!r}, this {kind} has "
+                f"{name}={group[name]!r}. Build the optimizer with the option it was saved with."
+            )
+
+
+def _checked_state(
+    saved: State, param: Tensor, wanted: dict[str, tuple[tuple[int, ...], torch.dtype]], number: int
+) -> State:
+    held = {name: (tuple(value.shape), value.dtype) for name, value in saved.items() if isinstance(value, Tensor)}
+    if not saved:
+        return {}
+    if held != wanted or not isinstance(saved.get("step"), int):
+        raise StateFormatError(
+            f"state of parameter {number}, of shape {tuple(param.shape)}: expected an integer step and {_words(wanted)}; "
+            f"found step={saved.get('step')!r} and {_words(held)}"
+        )
+    copies = {k: v.detach().to(param.device, copy=True) for k, v in saved.items() if isinstance(v, Tensor)}
+    return {"step": saved["step"], **copies}
+
+
+def _words(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
+    return ", ".join(f"{name} {dtype} {list(shape)}" for name, (shape, dtype) in tensors.items()) or "no tensors"
+
+
+# --- From one format to another. ---
+
+
+def _held_format(name: str, state: State, param: Tensor) -> tuple[StateFormat, int]:
+    """The format in which a moment is held, and its block size, from its tensors alone."""
+    codes, blocks = state[name], state.get(_block_name(name))
+    for fmt in FORMATS.values():
+        if fmt.dtype is codes.dtype and fmt.codes_shape(param.shape) == tuple(codes.shape):
+            if fmt.header is None and blocks is None:
+                return fmt, 0
+            if fmt.header is not None and blocks is not None and fmt.header is blocks.dtype:
+                sizes = (1 << k for k in range(32))
+                held = tuple(blocks.shape)
+                for size in sizes:
+                    if fmt.blocks_shape(param.numel(), size) == held and size >= 32:
+                        return fmt, size
+    raise StateFormatError(f"{name} of a parameter of shape {tuple(param.shape)} is in no known format")
+
+
+def _read(state: State, name: str, param: Tensor) -> Tensor | None:
+    """A moment as float32 values of the parameter's shape; None when there is none yet."""
+    if name not in state:
+        return None
+    fmt, block_size = _held_format(name, state, param)
+    if not fmt.quantized:
+        values: Tensor = state[name].float()
+        return values
+    values = torch.empty(param.shape, dtype=torch.float32, device=param.device)
+    backend_for(param.device, "codec").dequantize(state[name], state[_block_name(name)], values, fmt, block_size)
+    return values
+
+
+def _read_second(state: State, param: Tensor) -> Tensor | None:
+    """The second moment element by element, from row and column means if need be: v = row * col / mean(row)."""
+    if _ROW not in state:
+        return _read(state, _SECOND, param)
+    row, col = state[_ROW], state[_COL]
+    mean = row.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.outer(row / mean, col).reshape(param.shape)
+
+
+def _means(state: State, param: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column means of the second moment."""
+    rows, cols = matrix_shape(param.shape)
+    values = _read(state, _SECOND, param)
+    if values is None:
+        return torch.zeros(rows, device=param.device), torch.zeros(cols, device=param.device)
+    matrix = values.reshape(rows, cols)
+    return matrix.mean(dim=1), matrix.mean(dim=0)
+
+
+def _put(state: State, name: str, spec: MomentSpec, param: Tensor, values: Tensor | None) -> None:
+    """Store a moment; None: zeros."""
+    fmt = spec.format
+    assert fmt is not None
+    codes, blocks = fmt.allocate(param.shape, spec.block_size, param.device)
+    if values is not None and blocks is not None:
+        backend_for(param.device, "codec").quantize(values, codes, blocks, fmt, spec.block_size, False, 0)
+    elif values is not None:
+        codes.copy_(values)
+    state[name] = codes
+    if blocks is not None:
+        state[_block_name(name)] = blocks

@@ -1,0 +1,6 @@
+"""Which tensors go to which kernel: the layout of state, the tensor table, the chunk map."""
+
+from .item import Item, MomentSpec, matrix_shape
+from .step_plan import StepPlan
+
+__all__ = ["Item", "MomentSpec", "StepPlan", "matrix_shape"]

@@ -1,0 +1,70 @@
+"""One parameter of a step: its tensors and how its moments are stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from a8multi.loader.structs import Format
+from a8multi.quant.formats import StateFormat
+
+
+@dataclass(frozen=True)
+class MomentSpec:
+    """How one moment of one parameter is to be stored. format None: as row and column means (factored)."""
+
+    format: StateFormat | None
+    block_size: int = 0
+
+    @property
+    def code(self) -> Format:
+        return self.format.code if self.format is not None else Format.FACTORED
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns under which a tensor of two or more dimensions is factored.
+
+    Two dimensions stay as they are. More are split where rows + columns is least: a convolution 64x64x3x3 becomes
+    64 x 576, so that the two vectors hold 1.7% of the full state; factoring its last two dimensions, as
+    torch.optim.Adafactor does, holds 67%.
+    """
+    if len(shape) < 2:
+        raise ValueError(f"a shape of {len(shape)} dimensions has no rows and columns")
+    splits = [(math.prod(shape[:k]), math.prod(shape[k:])) for k in range(1, len(shape))]
+    return min(splits, key=sum)
+
+
+@dataclass(eq=False)
+class Item:
+    """One parameter with its gradient and state, all contiguous and on one device: what a kernel works on.
+
+    Attributes:
+        param, grad: tensors of the same shape, float32, bfloat16 or float16 each.
+        state: the optimizer's state dictionary of this parameter, which owns the tensors below.
+        first, first_block: codes and headers of the first moment; None without one.
+        second, second_block: codes and headers of the second moment, or its row and column means when factored.
+        first_spec, second_spec: their formats; first_spec None: no first moment.
+        rows, cols: of the matrix when factored, else 0.
+        hyper: row of the hyper-parameter table.
+        noise_id: number of the parameter in the optimizer, which seeds its noise.
+        name: for messages.
+    """
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    first: Tensor | None
+    first_block: Tensor | None
+    second: Tensor
+    second_block: Tensor | None
+    first_spec: MomentSpec | None
+    second_spec: MomentSpec
+    rows: int
+    cols: int
+    hyper: int
+    noise_id: int
+    name: str
