@@ -1,13 +1,8 @@
-"""The compiled libraries: one binding for ``cpu`` and ``cuda``.
-
-Turns a plan into ``a8_batch`` and calls the entry. On CUDA the tables travel to the device; nothing synchronises.
-"""
+"""The compiled libraries: one binding for ``cpu`` and ``cuda``."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,9 +13,9 @@ from a8multi import settings
 from a8multi.errors import BackendUnavailable, NativeError
 from a8multi.loader import Library, load, structs
 from a8multi.plan import StepPlan
-from a8multi.plan.step_plan import DTYPES
 from a8multi.quant.formats import StateFormat
 
+from . import marshal
 from .base import BackendReport
 
 
@@ -34,6 +29,8 @@ class NativeBackend:
     """
 
     def __init__(self, name: str) -> None:
+        if name == "cuda":
+            require_cuda()
         self.name = name
         self.library: Library = load(name)
         self.isa_ran: str | None = None
@@ -41,12 +38,16 @@ class NativeBackend:
     def report(self) -> BackendReport:
         info = self.library.info
         ops = tuple(op.name.lower() for op in structs.Op if op in info.ops and op.name)
-        detail = info.architectures if self.name == "cuda" else f"{self._isa_name()} (usable: {', '.join(info.isa_usable)})"
+        detail = info.architectures
+        if self.name == "cpu":
+            chosen = settings.cpu_isa()
+            runs = info.isa_best if chosen == "auto" else chosen
+            detail = f"{runs} (usable: {', '.join(info.isa_usable)})"
         return BackendReport(self.name, True, "", str(self.library.path), info.version, detail, ops)
 
-    def _isa_name(self) -> str:
-        chosen = settings.cpu_isa()
-        return (self.library.info.isa_best or "none") if chosen == "auto" else chosen
+    def check(self) -> None:
+        """Raise what a call would raise because of the settings."""
+        self._isa()
 
     def _isa(self) -> int:
         """The variant to run, as the ABI numbers it.
@@ -65,79 +66,44 @@ class NativeBackend:
             )
         return structs.Isa[chosen.upper()]
 
-    def check(self) -> None:
-        """Raise what a call would raise because of the settings."""
-        self._isa()
-
-    @contextmanager
-    def _exec(self, device: torch.device, scratch: Tensor | None = None) -> Iterator[structs.Exec]:
-        where = structs.Exec()
-        where.threads = torch.get_num_threads()
-        where.isa = self._isa()
+    def _call(self, entry: str, device: torch.device, struct: ctypes.Structure, *more: int, scratch: Any = None) -> None:
+        where = structs.Exec(threads=torch.get_num_threads(), isa=self._isa())
         if device.type == "cuda":
             where.device = device.index
             where.stream = torch.cuda.current_stream(device).cuda_stream
         if scratch is not None:
-            where.scratch = scratch.data_ptr()
-            where.scratch_bytes = scratch.numel() * 4
-        yield where
+            where.scratch, where.scratch_bytes = scratch.data_ptr(), scratch.numel() * 4
+        self.library.call(entry, ctypes.byref(where), ctypes.byref(struct), *more)
         self.isa_ran = structs.Isa(where.isa_ran).name.lower() if where.isa_ran else None
 
-    def _step(self, entry: str, plan: StepPlan, hypers: np.ndarray, scratch: Tensor | None, *more: Any) -> None:
-        tables = {"tensors": plan.address(), "chunks": plan.chunks, "tiles": plan.tiles, "hypers": hypers}
-        batch = structs.Batch()
-        kept = []  # whatever holds the tables alive until the call returns
-        for name, table in tables.items():
-            setattr(batch, f"{name[:-1]}_count", len(table))
-            if len(table) == 0:
-                continue
-            if plan.device.type == "cuda":
-                table = _upload(table, plan.device)
-                kept.append(table)
-                setattr(batch, name, table.data_ptr())
-            else:
-                setattr(batch, name, table.ctypes.data)
-        with self._exec(plan.device, scratch) as where:
-            try:
-                self.library.call(entry, ctypes.byref(where), ctypes.byref(batch), *more)
-            except NativeError as error:
-                names = ", ".join(f"{i}: {item.name}" for i, item in enumerate(plan.items[:64]))
-                raise NativeError(error.status, f"{error.message} (tensors {names})", error.entry) from error
+    def _step(self, entry: str, plan: StepPlan, hypers: np.ndarray, *more: int, scratch: Any = None) -> None:
+        batch = marshal.batch_of(plan, hypers)
+        try:
+            self._call(entry, plan.device, batch, *more, scratch=scratch)
+        except NativeError as error:
+            names = ", ".join(f"{i}: {item.name}" for i, item in enumerate(plan.items[:64]))
+            raise NativeError(error.status, f"{error.message} (tensors {names})", error.entry) from error
 
     def adam(self, plan: StepPlan, hypers: np.ndarray) -> None:
-        self._step("a8_adam", plan, hypers, None)
+        self._step("a8_adam", plan, hypers)
 
     def adafactor(self, plan: StepPlan, hypers: np.ndarray) -> None:
-        self._step("a8_adafactor", plan, hypers, plan.scratch, int(structs.Phase.ALL_PHASES))
-
-    def _codec(
-        self, entry: str, values: Tensor, codes: Tensor, blocks: Tensor, fmt: StateFormat, block_size: int, **more: int
-    ) -> None:
-        codec = structs.Codec(
-            values=values.data_ptr(),
-            codes=codes.data_ptr(),
-            blocks=blocks.data_ptr(),
-            numel=values.numel(),
-            block_size=block_size,
-            dtype=DTYPES[values.dtype],
-            format=fmt.code,
-            **more,
-        )
-        with self._exec(values.device) as where:
-            self.library.call(entry, ctypes.byref(where), ctypes.byref(codec))
+        self._step("a8_adafactor", plan, hypers, int(structs.Phase.ALL_PHASES), scratch=plan.scratch)
 
     def quantize(
         self, values: Tensor, codes: Tensor, blocks: Tensor, fmt: StateFormat, block_size: int, stochastic: bool, seed: int
     ) -> None:
-        seed_low, seed_high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-        more = {"stochastic": int(stochastic), "seed_low": seed_low, "seed_high": seed_high}
-        self._codec("a8_quantize", values, codes, blocks, fmt, block_size, **more)
+        codec = marshal.codec_of(values, codes, blocks, fmt, block_size, stochastic, seed)
+        self._call("a8_quantize", values.device, codec)
 
     def dequantize(self, codes: Tensor, blocks: Tensor, values: Tensor, fmt: StateFormat, block_size: int) -> None:
-        self._codec("a8_dequantize", values, codes, blocks, fmt, block_size)
+        self._call("a8_dequantize", values.device, marshal.codec_of(values, codes, blocks, fmt, block_size))
 
 
-def _upload(table: np.ndarray, device: torch.device) -> Tensor:
-    """The table's bytes on the device, without a synchronisation: through pinned memory, in stream order."""
-    host = torch.from_numpy(table.view(np.uint8).copy()).pin_memory()
-    return host.to(device, non_blocking=True)
+def require_cuda() -> None:
+    """Raise BackendUnavailable unless torch can use an NVIDIA device here."""
+    if torch.version.hip:
+        raise BackendUnavailable("this torch is built for ROCm; the CUDA kernels need an NVIDIA device")
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        raise BackendUnavailable(f"torch {torch.__version__} ({built}) sees no CUDA device on this machine")

@@ -7,6 +7,7 @@ reads a value back to the host.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -183,6 +184,12 @@ NF4_LEVELS = (
 _NF4_ZERO = 7
 
 
+@cache
+def _nf4_levels(device: torch.device) -> Tensor:
+    """Kept for each device: the copy to a GPU waits for it."""
+    return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
+
+
 def _absmax(x: Tensor, levels: float) -> tuple[Tensor, Tensor, Tensor]:
     """Of x [blocks, block_size]: the factor to code units, the header, and which blocks are not finite, [blocks]."""
     # On the bits, where a NaN is larger than infinity: every device's maximum then agrees about it.
@@ -210,7 +217,7 @@ def decode_int8(codes: Tensor, scale: Tensor, block_size: int, count: int) -> Te
 def encode_nf4(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     values = _in_blocks(x, block_size)
     inverse, scale, broken = _absmax(values, 1.0)
-    levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=x.device)
+    levels = _nf4_levels(x.device)
     middles = (levels[:-1] + levels[1:]) * 0.5
     codes = torch.bucketize(values * inverse[:, None], middles, out_int32=True)
     codes.masked_fill_(broken[:, None], _NF4_ZERO)
@@ -221,8 +228,7 @@ def encode_nf4(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 def decode_nf4(codes: Tensor, scale: Tensor, block_size: int, count: int) -> Tensor:
     packed = _in_blocks(codes, block_size // 2).to(torch.int32)
     index = torch.stack((packed & 15, packed >> 4), dim=-1).view(-1, block_size)
-    levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=codes.device)
-    return mul(levels[index], scale[:, None]).view(-1)[:count]
+    return mul(_nf4_levels(codes.device)[index], scale[:, None]).view(-1)[:count]
 
 
 # --- Any format, elements [start, start + n) of a tensor; start lies on a block's edge. ---

@@ -29,11 +29,13 @@ class StepPlan:
     Attributes:
         device: of every tensor.
         items: the parameters, in the optimizer's order.
+        device_tables: the tables below as they were last copied to the device, and the copies.
     """
 
     def __init__(self, device: torch.device, items: Sequence[Item]) -> None:
         self.device = device
         self.items = list(items)
+        self.device_tables: dict[str, tuple[bytes, Tensor]] = {}
 
     @cached_property
     def tensors(self) -> np.ndarray:

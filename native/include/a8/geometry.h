@@ -17,3 +17,6 @@
 // Block sizes of a quantised state: powers of two in this range.
 #define A8_MIN_BLOCK 32
 #define A8_MAX_BLOCK 4096
+
+// Threads of a block of every CUDA kernel. Not part of the numerics.
+#define A8_THREADS 256
