@@ -46,11 +46,10 @@ bool quantised(uint8_t format) { return format == A8_INT8 || format == A8_NF4 ||
 bool aligned(const void* pointer, uintptr_t to) { return reinterpret_cast<uintptr_t>(pointer) % to == 0; }
 bool good_block(uint32_t size) { return size >= A8_MIN_BLOCK && size <= A8_MAX_BLOCK && (size & (size - 1)) == 0; }
 uintptr_t dtype_bytes(uint8_t dtype) { return dtype == A8_F32 ? 4 : 2; }
-uintptr_t state_alignment(uint8_t format) {
-  return quantised(format) ? 1 : format == A8_STATE_BF16 ? 2 : 4;
-}
+uintptr_t state_alignment(uint8_t format) { return quantised(format) ? 1 : format == A8_STATE_BF16 ? 2 : 4; }
 
-int32_t check_moment(uint32_t i, const char* name, uint8_t format, const void* codes, const void* headers, uint32_t block) {
+int32_t check_moment(uint32_t i, const char* name, uint8_t format, const void* codes, const void* headers,
+                     uint32_t block) {
   if (!codes || !aligned(codes, state_alignment(format)))
     return fail(A8_ERROR_ARGUMENT, "tensor %u: %s is null or not aligned to its type", i, name);
   if (!quantised(format)) return A8_OK;
@@ -66,23 +65,31 @@ int32_t check_tensor(const a8_batch* batch, uint32_t i, bool adafactor) {
   const a8_tensor& t = batch->tensors[i];
   if (t.numel <= 0) return fail(A8_ERROR_ARGUMENT, "tensor %u: numel is %lld", i, (long long)t.numel);
   if (t.param_dtype > A8_F16 || t.grad_dtype > A8_F16)
-    return fail(A8_ERROR_UNSUPPORTED, "tensor %u: unknown param_dtype %u or grad_dtype %u", i, t.param_dtype, t.grad_dtype);
-  if (!t.param || !aligned(t.param, dtype_bytes(t.param_dtype)) || !t.grad || !aligned(t.grad, dtype_bytes(t.grad_dtype)))
+    return fail(A8_ERROR_UNSUPPORTED, "tensor %u: unknown param_dtype %u or grad_dtype %u", i, t.param_dtype,
+                t.grad_dtype);
+  if (!t.param || !aligned(t.param, dtype_bytes(t.param_dtype)) || !t.grad ||
+      !aligned(t.grad, dtype_bytes(t.grad_dtype)))
     return fail(A8_ERROR_ARGUMENT, "tensor %u: param or grad is null or not aligned to its type", i);
-  if (t.hyper >= batch->hyper_count) return fail(A8_ERROR_ARGUMENT, "tensor %u: hyper %u of %u", i, t.hyper, batch->hyper_count);
+  if (t.hyper >= batch->hyper_count)
+    return fail(A8_ERROR_ARGUMENT, "tensor %u: hyper %u of %u", i, t.hyper, batch->hyper_count);
   if (t.chunks != (t.numel + A8_CHUNK - 1) / A8_CHUNK || t.chunk_at < 0 || t.chunk_at + t.chunks > batch->chunk_count)
     return fail(A8_ERROR_ARGUMENT, "tensor %u: chunks do not match numel", i);
   bool first_known = t.first_format == A8_STATE_F32 || t.first_format == A8_STATE_BF16 || t.first_format == A8_INT8 ||
                      t.first_format == A8_NF4 || (adafactor && t.first_format == A8_NONE);
-  bool second_known = t.second_format == A8_STATE_F32 || t.second_format == A8_LOG8 || (adafactor && t.second_format == A8_FACTORED);
+  bool second_known =
+      t.second_format == A8_STATE_F32 || t.second_format == A8_LOG8 || (adafactor && t.second_format == A8_FACTORED);
   if (!first_known || !second_known)
-    return fail(A8_ERROR_UNSUPPORTED, "tensor %u: first_format %u or second_format %u", i, t.first_format, t.second_format);
+    return fail(A8_ERROR_UNSUPPORTED, "tensor %u: first_format %u or second_format %u", i, t.first_format,
+                t.second_format);
   if (t.first_format != A8_NONE)
-    if (int32_t status = check_moment(i, "first", t.first_format, t.first, t.first_block, t.first_block_size)) return status;
-  if (int32_t status = check_moment(i, "second", t.second_format, t.second, t.second_block, t.second_block_size)) return status;
+    if (int32_t status = check_moment(i, "first", t.first_format, t.first, t.first_block, t.first_block_size))
+      return status;
+  if (int32_t status = check_moment(i, "second", t.second_format, t.second, t.second_block, t.second_block_size))
+    return status;
   if (t.second_format != A8_FACTORED) return A8_OK;
   if (t.rows <= 0 || t.cols <= 0 || t.numel % t.cols != 0 || t.rows != t.numel / t.cols)
-    return fail(A8_ERROR_ARGUMENT, "tensor %u: rows %lld x cols %lld is not numel", i, (long long)t.rows, (long long)t.cols);
+    return fail(A8_ERROR_ARGUMENT, "tensor %u: rows %lld x cols %lld is not numel", i, (long long)t.rows,
+                (long long)t.cols);
   int64_t tiles = ((t.rows + A8_TILE_ROWS - 1) / A8_TILE_ROWS) * ((t.cols + A8_TILE_COLS - 1) / A8_TILE_COLS);
   if (!t.second_block || t.tiles != tiles || t.tile_at < 0 || t.tile_at + tiles > batch->tile_count)
     return fail(A8_ERROR_ARGUMENT, "tensor %u: second_block is null or tiles do not match rows and cols", i);
@@ -111,10 +118,12 @@ int32_t check_batch(const a8_exec* exec, const a8_batch* batch, bool adafactor) 
   if (!batch->tensors || !batch->chunks || !batch->hypers || (batch->tile_count && !batch->tiles))
     return fail(A8_ERROR_ARGUMENT, "a table of the batch is null");
   for (uint32_t i = 0; i < batch->chunk_count; ++i)
-    if (batch->chunks[i].tensor >= batch->tensor_count || batch->chunks[i].part >= batch->tensors[batch->chunks[i].tensor].chunks)
+    if (batch->chunks[i].tensor >= batch->tensor_count ||
+        batch->chunks[i].part >= batch->tensors[batch->chunks[i].tensor].chunks)
       return fail(A8_ERROR_ARGUMENT, "chunk %u is outside its tensor", i);
   for (uint32_t i = 0; i < batch->tile_count; ++i)
-    if (batch->tiles[i].tensor >= batch->tensor_count || batch->tiles[i].part >= batch->tensors[batch->tiles[i].tensor].tiles)
+    if (batch->tiles[i].tensor >= batch->tensor_count ||
+        batch->tiles[i].part >= batch->tensors[batch->tiles[i].tensor].tiles)
       return fail(A8_ERROR_ARGUMENT, "tile %u is outside its tensor", i);
   for (uint32_t i = 0; i < batch->tensor_count; ++i) {
     if (int32_t status = check_tensor(batch, i, adafactor)) return status;
@@ -132,8 +141,9 @@ const a8_kernels* choose(a8_exec* exec) {
 }
 
 int32_t no_such_isa(const a8_exec* exec) {
-  return fail(A8_ERROR_UNSUPPORTED, "instruction set %u is not built in or not supported by this processor (usable: mask 0x%x)",
-              exec->isa, a8_isa_usable());
+  return fail(A8_ERROR_UNSUPPORTED,
+              "instruction set %u is not built in or not supported by this processor (usable: mask 0x%x)", exec->isa,
+              a8_isa_usable());
 }
 
 uint32_t threads_of(const a8_exec* exec) { return exec->threads ? exec->threads : 1; }
@@ -141,13 +151,15 @@ uint32_t threads_of(const a8_exec* exec) { return exec->threads ? exec->threads 
 int32_t run_codec(a8_exec* exec, const a8_codec* codec, bool quantize) {
   if (!exec || !codec) return fail(A8_ERROR_ARGUMENT, "exec or codec is null");
   if (codec->numel == 0) return A8_OK;
-  if (codec->numel < 0 || !codec->values || !codec->codes || !codec->blocks || !aligned(codec->values, dtype_bytes(codec->dtype)) ||
-      !aligned(codec->blocks, 4))
-    return fail(A8_ERROR_ARGUMENT, "values, codes or blocks is null, misaligned, or numel %lld is negative", (long long)codec->numel);
+  if (codec->numel < 0 || !codec->values || !codec->codes || !codec->blocks ||
+      !aligned(codec->values, dtype_bytes(codec->dtype)) || !aligned(codec->blocks, 4))
+    return fail(A8_ERROR_ARGUMENT, "values, codes or blocks is null, misaligned, or numel %lld is negative",
+                (long long)codec->numel);
   if (!quantised(codec->format) || codec->dtype > A8_F16)
     return fail(A8_ERROR_UNSUPPORTED, "format %u or dtype %u", codec->format, codec->dtype);
   if (!good_block(codec->block_size))
-    return fail(A8_ERROR_ARGUMENT, "block_size %u is not a power of two from %d to %d", codec->block_size, A8_MIN_BLOCK, A8_MAX_BLOCK);
+    return fail(A8_ERROR_ARGUMENT, "block_size %u is not a power of two from %d to %d", codec->block_size, A8_MIN_BLOCK,
+                A8_MAX_BLOCK);
   int64_t chunks = (codec->numel + A8_CHUNK - 1) / A8_CHUNK;
   if (chunks > 0xffffffffLL) return fail(A8_ERROR_UNSUPPORTED, "numel %lld is too large", (long long)codec->numel);
   const a8_kernels* kernels = choose(exec);

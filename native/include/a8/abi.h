@@ -9,13 +9,28 @@
 
 #define A8_ABI_VERSION 1
 
-enum a8_status { A8_OK = 0, A8_ERROR_ARGUMENT = 1, A8_ERROR_UNSUPPORTED = 2, A8_ERROR_MEMORY = 3, A8_ERROR_DEVICE = 4, A8_ERROR_INTERNAL = 5 };
+enum a8_status {
+  A8_OK = 0,
+  A8_ERROR_ARGUMENT = 1,
+  A8_ERROR_UNSUPPORTED = 2,
+  A8_ERROR_MEMORY = 3,
+  A8_ERROR_DEVICE = 4,
+  A8_ERROR_INTERNAL = 5
+};
 
 // Types of parameters and gradients.
 enum a8_dtype { A8_F32 = 0, A8_BF16 = 1, A8_F16 = 2 };
 
 // How a moment is stored. FACTORED: row and column means in float32.
-enum a8_format { A8_NONE = 0, A8_STATE_F32 = 1, A8_STATE_BF16 = 2, A8_INT8 = 3, A8_NF4 = 4, A8_LOG8 = 5, A8_FACTORED = 6 };
+enum a8_format {
+  A8_NONE = 0,
+  A8_STATE_F32 = 1,
+  A8_STATE_BF16 = 2,
+  A8_INT8 = 3,
+  A8_NF4 = 4,
+  A8_LOG8 = 5,
+  A8_FACTORED = 6
+};
 
 // Instruction-set variants of the CPU library; A8_ISA_AUTO picks the best that the processor and the OS support.
 enum a8_isa { A8_ISA_AUTO = 0, A8_ISA_BASELINE = 1, A8_ISA_AVX2 = 2, A8_ISA_AVX512 = 3, A8_ISA_NEON = 4 };
@@ -24,7 +39,14 @@ enum a8_isa { A8_ISA_AUTO = 0, A8_ISA_BASELINE = 1, A8_ISA_AVX2 = 2, A8_ISA_AVX5
 enum a8_op { A8_OP_CODEC = 1, A8_OP_ADAM = 2, A8_OP_ADAFACTOR = 4 };
 
 // Bits of a8_hyper.flags.
-enum a8_flag { A8_MAXIMIZE = 1, A8_L2_DECAY = 2, A8_STOCHASTIC_STATE = 4, A8_STOCHASTIC_WRITE = 8, A8_SCALE_PARAMETER = 16, A8_SCALE_DECAY = 32 };
+enum a8_flag {
+  A8_MAXIMIZE = 1,
+  A8_L2_DECAY = 2,
+  A8_STOCHASTIC_STATE = 4,
+  A8_STOCHASTIC_WRITE = 8,
+  A8_SCALE_PARAMETER = 16,
+  A8_SCALE_DECAY = 32
+};
 
 // Phases of an Adafactor step, in order. A caller may run them one by one, with a collective on the scratch between.
 enum a8_phase { A8_REDUCE = 1, A8_MOMENTS = 2, A8_NORM = 4, A8_APPLY = 8, A8_ALL_PHASES = 15 };

@@ -80,8 +80,8 @@ A8_FN int32_t a8_int8_encode(float x, float inverse) {
 A8_FN float a8_int8_decode(int32_t code, float scale) { return (float)code * scale; }
 
 // nf4: the 16 levels of QLoRA (Dettmers et al. 2023, appendix E); element 2k in the low half of byte k.
-#define A8_NF4_LEVELS_LIST                                                                                            \
-  -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,                    \
-      -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,                 \
+#define A8_NF4_LEVELS_LIST                                                                            \
+  -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,    \
+      -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, \
       0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f
 #define A8_NF4_ZERO 7u

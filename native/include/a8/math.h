@@ -174,7 +174,8 @@ typedef struct a8_adafactor_rule {
 
 // param_squares, update_squares: sums over the tensor's numel elements of p^2 and u^2.
 // h->bias1: factor of the step size (bias corrections); h->bias2: upper bound of lr (relative_step), or FLT_MAX.
-A8_FN a8_adafactor_rule a8_adafactor_rule_of(const a8_hyper* h, float lr, float numel, float param_squares, float update_squares) {
+A8_FN a8_adafactor_rule a8_adafactor_rule_of(const a8_hyper* h, float lr, float numel, float param_squares,
+                                             float update_squares) {
   float rho = a8_at_most(lr, h->bias2);
   float alpha = rho;
   if (h->flags & A8_SCALE_PARAMETER) alpha = a8_at_least(a8_sqrt(a8_div(param_squares, numel)), h->eps2) * rho;
