@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Iterable
-from operator import is_
 from typing import Any, ClassVar
 
 import numpy as np
@@ -134,19 +133,42 @@ class LowBitOptimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 grad = param.grad
                 if grad is not None:
-                    _check_grad(param, grad, lambda n=number: self._name(n))
-                    if param.numel():
-                        works.setdefault(param.device, _Work()).add(param, grad, group, number)
+                    shape = param.shape
+                    self._check_grad(param, grad, shape, number)
+                    if 0 not in shape:
+                        device = param.device
+                        work = works.get(device)
+                        if work is None:
+                            work = works[device] = _Work()
+                        # Not self.state[param]: a later error must leave no trace.
+                        work.add(param, grad, shape, group, number, self.state.get(param, {}))
                 number += 1
         return works
 
+    def _check_grad(self, param: Tensor, grad: Tensor, shape: torch.Size, number: int) -> None:
+        if grad.layout is not torch.strided:
+            raise ValueError(
+                f"gradient of {self._name(number)}: sparse gradients are not supported; build the embedding with "
+                f"sparse=False"
+            )
+        if grad.dtype not in DTYPES or param.dtype not in DTYPES:
+            raise ValueError(
+                f"gradient of {self._name(number)}: {grad.dtype} for a parameter of {param.dtype} is not supported"
+            )
+        if grad.shape != shape or grad.device != param.device:
+            raise ValueError(
+                f"gradient of {self._name(number)}: shape {tuple(grad.shape)} on {grad.device} does not fit the "
+                f"parameter's {tuple(shape)} on {param.device}"
+            )
+
     def _name(self, number: int) -> str:
         """The parameter's name where the groups have names (torch >= 2.6), else its number."""
-        for group in self.param_groups:
-            if number < len(group["params"]):
+        first = 0
+        for where, group in enumerate(self.param_groups):
+            if number - first < len(group["params"]):
                 names = group.get("param_names")
-                return str(names[number]) if names else f"parameter {number} of a group"
-            number -= len(group["params"])
+                return str(names[number - first]) if names else f"param_groups[{where}]['params'][{number - first}]"
+            first += len(group["params"])
         raise IndexError(number)
 
     def _backend(self, device: torch.device) -> Backend:
@@ -161,52 +183,39 @@ class LowBitOptimizer(torch.optim.Optimizer):
             run(plan, hypers)
         for index in work.strided:
             # One at a time: a contiguous copy of the parameter is the only temporary.
-            param, grad = work.params[index], work.grads[index]
-            item = self._item(work, index, param.contiguous(), grad.contiguous())
+            param = work.params[index]
+            item = self._item(work, index, param.contiguous(), work.grads[index].contiguous())
             item.hyper = work.rows[index]
             run(StepPlan(device, [item]), hypers)
             if item.param is not param:
                 param.copy_(item.param)
         _bump_versions(work.params)
-        for param, step in zip(work.params, work.steps, strict=True):
-            self.state[param]["step"] = step
+        for state, step in zip(work.states, work.steps, strict=True):
+            state["step"] = step
 
     def _plan(self, device: torch.device, work: _Work) -> StepPlan:
         """The plan of the contiguous parameters: the last one if only values and gradients have changed."""
-        work.strided = [
-            i
-            for i, (p, g) in enumerate(zip(work.params, work.grads, strict=True))
-            if not (p.is_contiguous() and g.is_contiguous())
-        ]
         # beta1: an optimizer may have no first moment.
         names = (*self._format_options, "beta1")
-        options = [tuple(group.get(name) for name in names) for group in self.param_groups]
-        key, plan = self._plans.get(device, (None, None))
-        if plan is None or not self._same(key, options, work):
-            strided = set(work.strided)
-            items = [self._item(work, i, p, work.grads[i]) for i, p in enumerate(work.params) if i not in strided]
-            plan = StepPlan(device, items)
-            self._plans[device] = ((options, list(work.params), list(work.strided)), plan)
+        options = [tuple([group.get(name) for name in names]) for group in self.param_groups]
+        key = (options, work.numbers, work.shapes, work.strided)
+        known, plan = self._plans.get(device, (None, None))
+        if plan is not None and key == known and work.matches(plan):
+            for item, grad in zip(plan.items, work.contiguous(work.grads), strict=True):
+                item.grad = grad
             return plan
-        for item, grad in zip(plan.items, work.contiguous(work.grads), strict=True):
-            item.grad = grad
+        strided = set(work.strided)
+        items = [self._item(work, i, p, work.grads[i]) for i, p in enumerate(work.params) if i not in strided]
+        plan = StepPlan(device, items)
+        self._plans[device] = (key, plan)
         return plan
-
-    def _same(self, key: Any, options: list[tuple[Any, ...]], work: _Work) -> bool:
-        known_options, params, strided = key
-        if known_options != options or len(params) != len(work.params) or strided != work.strided:
-            return False
-        if not all(map(is_, params, work.params)):
-            return False
-        plan = self._plans[work.params[0].device][1]
-        return all(state_of.holds(self.state.get(item.param), item) for item in plan.items)
 
     def _item(self, work: _Work, index: int, param: Tensor, grad: Tensor) -> Item:
         """The parameter with its state, which is made or converted to the group's formats where it has to be."""
-        owner, group, number = work.params[index], work.groups[index], work.numbers[index]
-        first_spec, second_spec = self._moment_specs(group, owner)
-        state = self.state[owner]
+        owner, state, number = work.params[index], work.states[index], work.numbers[index]
+        first_spec, second_spec = self._moment_specs(work.groups[index], owner)
         state_of.ensure(state, owner, first_spec, second_spec)
+        self.state[owner] = state
         rows, cols = matrix_shape(owner.shape) if second_spec.format is None else (0, 0)
         first, first_block, second, second_block = state_of.tensors(state, first_spec, second_spec)
         return Item(
@@ -230,23 +239,22 @@ class LowBitOptimizer(torch.optim.Optimizer):
         """The hyper-parameter table: one row for each group, step and type that occurs."""
         rows: dict[tuple[int, int, torch.dtype], int] = {}
         records: list[dict[str, Any]] = []
-        work.steps = []
-        work.rows = []
-        for param, group in zip(work.params, work.groups, strict=True):
-            step = int(self.state[param].get("step", 0)) + 1 if param in self.state else 1
+        for param, group, state in zip(work.params, work.groups, work.states, strict=True):
+            step = state.get("step", 0) + 1
             key = (id(group), step, param.dtype)
-            if key not in rows:
-                rows[key] = len(records)
+            row = rows.get(key)
+            if row is None:
+                row = rows[key] = len(records)
                 seed = int(group["seed"])
                 record = self._hyper(group, float(group["lr"]), step, param.dtype)
-                record.update(step=step & 0xFFFFFFFF, seed_low=seed & 0xFFFFFFFF, seed_high=seed >> 32 & 0xFFFFFFFF)
+                record.update(step=step & 0xFFFFFFFF, seed_low=seed & 0xFFFFFFFF, seed_high=seed >> 32)
                 records.append(record)
             work.steps.append(step)
-            work.rows.append(rows[key])
+            work.rows.append(row)
         hypers = np.zeros(len(records), HYPER)
-        for row, record in zip(hypers, records, strict=True):
+        for at, record in zip(hypers, records, strict=True):
             for name, value in record.items():
-                row[name] = value
+                at[name] = value
         for item, row in zip(plan.items, work.contiguous(work.rows), strict=True):
             item.hyper = row
         return hypers
@@ -258,17 +266,25 @@ class _Work:
     def __init__(self) -> None:
         self.params: list[Tensor] = []
         self.grads: list[Tensor] = []
+        self.shapes: list[torch.Size] = []
         self.groups: list[Group] = []
         self.numbers: list[int] = []
+        self.states: list[dict[str, Any]] = []
         self.strided: list[int] = []  # indices of those that are not contiguous
         self.steps: list[int] = []
         self.rows: list[int] = []
 
-    def add(self, param: Tensor, grad: Tensor, group: Group, number: int) -> None:
+    def add(
+        self, param: Tensor, grad: Tensor, shape: torch.Size, group: Group, number: int, state: dict[str, Any]
+    ) -> None:
+        if not (param.is_contiguous() and grad.is_contiguous()):
+            self.strided.append(len(self.params))
         self.params.append(param)
         self.grads.append(grad)
+        self.shapes.append(shape)
         self.groups.append(group)
         self.numbers.append(number)
+        self.states.append(state)
 
     def contiguous(self, column: list[Any]) -> list[Any]:
         """The entries of a column that belong to contiguous parameters."""
@@ -277,6 +293,14 @@ class _Work:
         strided = set(self.strided)
         return [value for i, value in enumerate(column) if i not in strided]
 
+    def matches(self, plan: StepPlan) -> bool:
+        """Whether the plan was made for these very parameters, and their state still holds the tensors it knows."""
+        params, states = self.contiguous(self.params), self.contiguous(self.states)
+        return all(
+            item.param is param and item.state is state and state_of.holds(item)
+            for item, param, state in zip(plan.items, params, states, strict=True)
+        )
+
 
 def _check_param(param: Tensor) -> None:
     if param.is_complex():
@@ -284,20 +308,6 @@ def _check_param(param: Tensor) -> None:
     if param.dtype not in DTYPES:
         known = ", ".join(str(dtype) for dtype in DTYPES)
         raise ValueError(f"params: a parameter of {param.dtype} is not supported, only {known}")
-
-
-def _check_grad(param: Tensor, grad: Tensor, name: Callable[[], str]) -> None:
-    if grad.layout is not torch.strided:
-        raise ValueError(
-            f"gradient of {name()}: sparse gradients are not supported; build the embedding with sparse=False"
-        )
-    if grad.dtype not in DTYPES or param.dtype not in DTYPES:
-        raise ValueError(f"gradient of {name()}: {grad.dtype} for a parameter of {param.dtype} is not supported")
-    if grad.device != param.device or grad.shape != param.shape:
-        raise ValueError(
-            f"gradient of {name()}: shape {tuple(grad.shape)} on {grad.device} does not fit the parameter's "
-            f"{tuple(param.shape)} on {param.device}"
-        )
 
 
 def _bump_versions(params: list[Tensor]) -> None:

@@ -52,11 +52,18 @@ def layout(
     return tensors
 
 
+def _held(state: State) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """As ``layout``, of the tensors that are there."""
+    return {name: (tuple(value.shape), value.dtype) for name, value in state.items() if isinstance(value, Tensor)}
+
+
 def ensure(state: State, param: Tensor, first: MomentSpec | None, second: MomentSpec) -> None:
     """Make the state, or bring what is there into these formats without losing it."""
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.device != param.device:  # the model was moved after a step
+            state[name] = value.to(param.device)
     wanted = layout(param, first, second)
-    held = {name: (tuple(value.shape), value.dtype) for name, value in state.items() if isinstance(value, Tensor)}
-    if held == wanted:
+    if _held(state) == wanted:
         return
     made: State = {"step": int(state.get("step", 0))}
     if first is not None:
@@ -79,10 +86,9 @@ def tensors(
     return *of_first, state[_SECOND], state.get(_block_name(_SECOND))
 
 
-def holds(state: State | None, item: Item) -> bool:
+def holds(item: Item) -> bool:
     """Whether the state still holds the very tensors of the item (a user may have put others there)."""
-    if state is not item.state:
-        return False
+    state = item.state
     second = state.get(_ROW) if item.second_spec.format is None else state.get(_SECOND)
     return state.get(_FIRST) is item.first and second is item.second
 
@@ -130,7 +136,7 @@ def _require_same_options(
 def _checked_state(
     saved: State, param: Tensor, wanted: dict[str, tuple[tuple[int, ...], torch.dtype]], number: int
 ) -> State:
-    held = {name: (tuple(value.shape), value.dtype) for name, value in saved.items() if isinstance(value, Tensor)}
+    held = _held(saved)
     if not saved:
         return {}
     if held != wanted or not isinstance(saved.get("step"), int):

@@ -20,7 +20,11 @@ TENSOR = np.dtype(structs.Tensor)
 CHUNK = np.dtype(structs.Chunk)
 HYPER = np.dtype(structs.Hyper)
 
-DTYPES = {torch.float32: structs.Dtype.F32, torch.bfloat16: structs.Dtype.BF16, torch.float16: structs.Dtype.F16}
+DTYPES = {
+    torch.float32: int(structs.Dtype.F32),
+    torch.bfloat16: int(structs.Dtype.BF16),
+    torch.float16: int(structs.Dtype.F16),
+}
 
 
 class StepPlan:
