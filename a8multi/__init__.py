@@ -30,7 +30,7 @@ _EXPORTS = {
     "StateFormatError": "a8multi.errors",
 }
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604  (the keys of a literal)
 
 if TYPE_CHECKING:
     from a8multi import functional as functional
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from a8multi.errors import NativeError as NativeError
     from a8multi.errors import SettingError as SettingError
     from a8multi.errors import StateFormatError as StateFormatError
-    from a8multi.optim import Adafactor8bit as Adafactor8bit
     from a8multi.optim import Adafactor8Bit as Adafactor8Bit
+    from a8multi.optim import Adafactor8bit as Adafactor8bit
     from a8multi.optim import Adam8bit as Adam8bit
     from a8multi.optim import AdamW8bit as AdamW8bit
 

@@ -52,7 +52,14 @@ class Backend(Protocol):
         """One Adafactor step: updates parameters and moments in place."""
 
     def quantize(
-        self, values: Tensor, codes: Tensor, blocks: Tensor, fmt: StateFormat, block_size: int, stochastic: bool, seed: int
+        self,
+        values: Tensor,
+        codes: Tensor,
+        blocks: Tensor,
+        fmt: StateFormat,
+        block_size: int,
+        stochastic: bool,
+        seed: int,
     ) -> None:
         """Writes codes and block headers of ``values``."""
 

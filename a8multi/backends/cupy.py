@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from a8multi.errors import BackendUnavailable
-from a8multi.loader import flatten, geometry, structs
+from a8multi.loader import flatten, geometry
 from a8multi.plan import StepPlan
 from a8multi.quant.formats import StateFormat
 
@@ -81,7 +81,14 @@ class CupyBackend:
         raise BackendUnavailable("the cupy backend offers no adafactor; choose another backend")
 
     def quantize(
-        self, values: Tensor, codes: Tensor, blocks: Tensor, fmt: StateFormat, block_size: int, stochastic: bool, seed: int
+        self,
+        values: Tensor,
+        codes: Tensor,
+        blocks: Tensor,
+        fmt: StateFormat,
+        block_size: int,
+        stochastic: bool,
+        seed: int,
     ) -> None:
         codec = marshal.codec_of(values, codes, blocks, fmt, block_size, stochastic, seed)
         warps = blocks.shape[0]

@@ -66,7 +66,9 @@ class NativeBackend:
             )
         return structs.Isa[chosen.upper()]
 
-    def _call(self, entry: str, device: torch.device, struct: ctypes.Structure, *more: int, scratch: Any = None) -> None:
+    def _call(
+        self, entry: str, device: torch.device, struct: ctypes.Structure, *more: int, scratch: Any = None
+    ) -> None:
         where = structs.Exec(threads=torch.get_num_threads(), isa=self._isa())
         if device.type == "cuda":
             where.device = device.index
@@ -91,7 +93,14 @@ class NativeBackend:
         self._step("a8_adafactor", plan, hypers, int(structs.Phase.ALL_PHASES), scratch=plan.scratch)
 
     def quantize(
-        self, values: Tensor, codes: Tensor, blocks: Tensor, fmt: StateFormat, block_size: int, stochastic: bool, seed: int
+        self,
+        values: Tensor,
+        codes: Tensor,
+        blocks: Tensor,
+        fmt: StateFormat,
+        block_size: int,
+        stochastic: bool,
+        seed: int,
     ) -> None:
         codec = marshal.codec_of(values, codes, blocks, fmt, block_size, stochastic, seed)
         self._call("a8_quantize", values.device, codec)

@@ -20,7 +20,7 @@ from a8multi.quant.formats import StateFormat
 
 from . import torch_formats as formats
 from .base import BackendReport
-from .torch_formats import add, constant, div, mul, sub
+from .torch_formats import add, constant, div, mul, sqrt, sub
 
 # Elements worked on at once: a power of two above the largest block, and temporaries of 16 MiB each.
 SLICE = 1 << 22
@@ -167,7 +167,7 @@ def _adam(item: Item, hyper: Hyper, rule: AdamRule, start: int, stop: int) -> No
         raise ValueError(f"{item.name}: an Adam step needs both moments, element by element")
     m = add(mul(m, hyper.beta1), mul(g, hyper.one_minus_beta1))
     v = add(mul(v, hyper.beta2), mul(mul(g, hyper.one_minus_beta2), g))
-    root = add(mul(v.sqrt(), float(hyper.bias2)), hyper.eps)
+    root = add(mul(sqrt(v), float(hyper.bias2)), hyper.eps)
     p = sub(mul(p, rule.decay), mul(div(m, root), rule.step_size))
     _store(item, hyper, start, p, m, v)
 
@@ -180,7 +180,7 @@ def _average(hyper: Hyper, average: Tensor, x: Tensor) -> Tensor:
 
 
 def _reciprocal_root(x: Tensor) -> Tensor:
-    return div(constant(1.0, x), x.sqrt())
+    return div(constant(1.0, x), sqrt(x))
 
 
 def _update_means(item: Item, hyper: Hyper) -> tuple[Tensor, Tensor]:
@@ -257,11 +257,11 @@ def _adafactor_rule(item: Item, hyper: Hyper, param_squares: Tensor, update_squa
     rho = constant(float(min(hyper.lr, hyper.bias2)), param_squares)
     alpha = rho
     if hyper.flags & Flag.SCALE_PARAMETER:
-        alpha = mul(div(param_squares, numel).sqrt_().clamp_(min=hyper.eps2), rho)
+        alpha = mul(sqrt(div(param_squares, numel)).clamp_(min=hyper.eps2), rho)
     alpha = mul(alpha, float(hyper.bias1))
     decayed = alpha if hyper.flags & Flag.SCALE_DECAY else rho
     decay = sub(constant(1.0, rho), mul(decayed, float(hyper.weight_decay)))
     if hyper.clip > 0.0:
-        excess = div(div(update_squares, numel).sqrt_(), constant(hyper.clip, rho))
+        excess = div(sqrt(div(update_squares, numel)), constant(hyper.clip, rho))
         alpha = div(alpha, excess.clamp_(min=1.0))
     return decay, alpha

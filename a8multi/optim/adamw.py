@@ -33,7 +33,7 @@ class AdamW8bit(LowBitOptimizer):
         eps: added to the root of the second moment, >= 0.
         weight_decay: >= 0; the parameter is multiplied by ``1 - lr * weight_decay`` before the update.
         maximize: ascend instead of descend.
-        first_moment: "int8" (linear, scaled by the block's largest magnitude; to nearest), "nf4" (4 bits), "bf16", "fp32".
+        first_moment: "int8" (linear, scaled by the block's largest magnitude), "nf4" (4 bits), "bf16" or "fp32".
         second_moment: "log8" (8 bits of logarithm between the block's smallest and largest value) or "fp32".
         block_size: elements that share a header, a power of two from 32 to 4096.
         min_quantized_numel: parameters with fewer elements keep float32 moments.
@@ -139,8 +139,8 @@ class AdamW8bit(LowBitOptimizer):
 class Adam8bit(AdamW8bit):
     r"""Adam with quantised moments; weight decay is added to the gradient (L2), as in :class:`torch.optim.Adam`.
 
-    Everything but the weight decay, whose default is 0, is as in :class:`AdamW8bit`; its arguments and notes apply. With
-    ``first_moment="fp32", second_moment="fp32"`` it equals :class:`torch.optim.Adam`.
+    Everything but the weight decay, whose default is 0, is as in :class:`AdamW8bit`; its arguments and notes apply.
+    With ``first_moment="fp32", second_moment="fp32"`` it equals :class:`torch.optim.Adam`.
 
     Source: Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1.
 

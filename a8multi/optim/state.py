@@ -141,8 +141,8 @@ def _checked_state(
         return {}
     if held != wanted or not isinstance(saved.get("step"), int):
         raise StateFormatError(
-            f"state of parameter {number}, of shape {tuple(param.shape)}: expected an integer step and {_words(wanted)}; "
-            f"found step={saved.get('step')!r} and {_words(held)}"
+            f"state of parameter {number}, of shape {tuple(param.shape)}: expected an integer step and {_words(wanted)}"
+            f"; found step={saved.get('step')!r} and {_words(held)}"
         )
     copies = {k: v.detach().to(param.device, copy=True) for k, v in saved.items() if isinstance(v, Tensor)}
     return {"step": saved["step"], **copies}

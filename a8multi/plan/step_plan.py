@@ -85,7 +85,7 @@ class StepPlan:
         return torch.empty(self.scratch_floats, dtype=torch.float32, device=self.device)
 
     def address(self) -> np.ndarray:
-        """``tensors`` with what may change at every step: addresses and types of parameters and gradients, and hyper."""
+        """``tensors`` with what may change at every step: addresses and types, and the row of hyper-parameters."""
         table = self.tensors
         table["param"] = [item.param.data_ptr() for item in self.items]
         table["grad"] = [item.grad.data_ptr() for item in self.items]

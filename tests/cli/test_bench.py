@@ -1,0 +1,132 @@
+"""`a8multi bench`: what is timed, what is written, what happens to a peer that fails."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from a8multi.cli import candidates
+from a8multi.cli.bench import make_parameters, measure
+from a8multi.cli.candidates import CANDIDATES, REFERENCE, Candidate
+from a8multi.cli.parameter_sets import PARAMETER_SETS
+
+Command = Callable[..., Any]
+CPU = torch.device("cpu")
+SHAPES: list[tuple[int, ...]] = [(64, 128), (64,), (3, 5, 7)]
+
+
+@pytest.fixture
+def bench(command: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs `a8multi bench` on three small tensors of the CPU."""
+    monkeypatch.setitem(PARAMETER_SETS, "tiny", lambda: SHAPES)
+    return lambda *arguments: command("bench", "--set", "tiny", "--device", "cpu", "--steps", 3, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor_count", "parameter_count"),
+    [
+        ("tinyllama-1.1b", 201, 1_100_048_384),
+        ("lora-r16-7b", 448, 29_360_128),
+        ("vit-s", 149, 22_049_512),
+        ("gpt2-52m", 73, 52_176_384),
+        ("lora-r8", 128, 2_097_152),
+    ],
+)
+def test_parameter_sets(name: str, tensor_count: int, parameter_count: int) -> None:
+    shapes = PARAMETER_SETS[name]()
+    assert (len(shapes), sum(map(math.prod, shapes))) == (tensor_count, parameter_count)
+
+
+def test_parameters_are_as_announced_and_seeded() -> None:
+    shapes: list[tuple[int, ...]] = [(300, 300)]
+    (one,), (again,), (other,) = (make_parameters(shapes, CPU, torch.bfloat16, seed) for seed in (0, 0, 1))
+    assert one.grad is not None
+    assert (one.dtype, one.grad.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert one.float().std().item() == pytest.approx(0.02, rel=0.02)
+    assert one.grad.float().std().item() == pytest.approx(1e-3, rel=0.02)
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_table_and_json_hold_every_optimizer(bench: Command, tmp_path: Path) -> None:
+    result = bench("--only", "a8multi", "--dtype", "bf16", "--json", tmp_path / "b.json", "--threads", 1)
+    assert result.status == 0, result.out + result.err
+    document = json.loads((tmp_path / "b.json").read_text())
+    assert (document["set"], document["dtype"], document["device"], document["threads"]) == ("tiny", "bf16", "cpu", 1)
+    assert document["parameter_count"] == 64 * 128 + 64 + 105
+    assert document["versions"]["torch"] == torch.__version__
+    rows = {row["name"]: row for row in document["rows"]}
+    assert list(rows) == [REFERENCE.name] + [one.name for one in CANDIDATES if one.package == "a8multi"]
+    for name, row in rows.items():
+        assert name in result.out
+        assert len(row["times_ms"]) == len(row["reference_times_ms"]) == 3
+        assert row["ms"] == statistics.median(row["times_ms"]) > 0
+        ratios = [a / b for a, b in zip(row["times_ms"], row["reference_times_ms"], strict=True)]
+        assert row["ratio"] == statistics.median(ratios)
+        assert row["ratio_of_medians"] == row["ms"] / statistics.median(row["reference_times_ms"])
+    # Two moments of two bytes; the step counters of three tensors add a little.
+    assert rows[REFERENCE.name]["state_bytes_per_param"] == pytest.approx(4, abs=0.01)
+
+
+def test_candidate_and_reference_take_turns() -> None:
+    order: list[str] = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            order.append("candidate")
+
+    class Reference(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            order.append("reference")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(candidates, "REFERENCE", Candidate("reference", "torch", Reference))
+        row = measure(Candidate("x", "torch", Recorder), make_parameters(SHAPES, CPU, torch.float32, 0), CPU, 4)
+    assert row.error is None
+    assert order == ["reference", "candidate"] * (2 + 4)
+
+
+def test_failing_peer_is_a_row_with_the_reason(bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        raise OSError("no kernel image\nfor this device")
+
+    peers = (Candidate("broken peer", "torch", build), *CANDIDATES)
+    monkeypatch.setattr(candidates, "CANDIDATES", peers)
+    result = bench("--only", "broken*", "--json", tmp_path / "b.json")
+    assert result.status == 0
+    assert "broken peer: OSError: no kernel image" in result.out
+    assert json.loads((tmp_path / "b.json").read_text())["rows"][1]["ms"] is None
+
+
+def test_failure_of_ours_is_exit_status_1(bench: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(candidates, "CANDIDATES", (Candidate("a8multi X", "a8multi", build),))
+    result = bench()
+    assert result.status == 1
+    assert "a8multi X: RuntimeError: out of order" in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", "0"], "0 is not 1 or more"),
+        (["--only", "nothing"], "a8multi AdamW8bit"),
+        (["--json", "no-such-directory/b.json"], "no-such-directory"),
+        (["--device", "abacus"], "abacus"),
+    ],
+)
+def test_bad_arguments(bench: Command, arguments: list[str], words: str) -> None:
+    result = bench(*arguments)
+    assert (result.status, result.out) == (2, "")
+    assert result.err.startswith("a8multi bench: error: ")
+    assert result.err.count("\n") == 1
+    assert words in result.err
