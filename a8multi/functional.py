@@ -67,14 +67,18 @@ def quantize_blockwise(
     if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, not {seed!r}")
     if stochastic and fmt.name != "log8":
-        raise ValueError(f"stochastic: {fmt.name} is always rounded to nearest; only log8 can be rounded stochastically")
+        raise ValueError(
+            f"stochastic: {fmt.name} is always rounded to nearest; only log8 can be rounded stochastically"
+        )
     values = values.detach()
     codes, blocks = fmt.allocate(values.shape, block_size, values.device)
     assert blocks is not None  # every format of _block_format has headers
     if values.numel() == 0:
         return codes, blocks
     if fmt.name == "log8" and bool((values < 0).any()):
-        raise ValueError('values: log8 stores values >= 0 only, and there are negative ones; use format="int8" or "nf4"')
+        raise ValueError(
+            'values: log8 stores values >= 0 only, and there are negative ones; use format="int8" or "nf4"'
+        )
     backend = backend_for(values.device, "codec")
     backend.quantize(values.contiguous(), codes, blocks, fmt, block_size, bool(stochastic), seed)
     return codes, blocks

@@ -1,8 +1,9 @@
 """The ``torch`` backend: the updates in plain torch operations, on any device. The readable reference.
 
-The formulas are math.h's, one operation at a time in its order, on slices of a tensor so that temporaries stay small. On
-the CPU, Adam and the formats give the same bits as the compiled library (tests/backends holds it to that); Adafactor
-differs from it by the order in which sums are added. Nothing is read back to the host, so nothing synchronises.
+The formulas are math.h's, one operation at a time in its order, on slices of a tensor so that temporaries stay small.
+On x86 CPUs, Adam and the formats give the same bits as the compiled library, for every format and dtype, subnormals
+included (tests/backends/test_torch.py); a NaN may differ from a NaN. Adafactor differs by the order in which sums are
+added. Nothing is read back to the host, so nothing synchronises.
 """
 
 from __future__ import annotations
@@ -51,7 +52,14 @@ class TorchBackend:
 
     @torch.no_grad()
     def quantize(
-        self, values: Tensor, codes: Tensor, blocks: Tensor, fmt: StateFormat, block_size: int, stochastic: bool, seed: int
+        self,
+        values: Tensor,
+        codes: Tensor,
+        blocks: Tensor,
+        fmt: StateFormat,
+        block_size: int,
+        stochastic: bool,
+        seed: int,
     ) -> None:
         noise = formats.noise_key(seed, 0, 0, formats.STREAM_SECOND) if stochastic else None
         for start, stop in _slices(values.numel()):
@@ -98,11 +106,25 @@ class Hyper:
 
     @classmethod
     def of(cls, record: np.void) -> Hyper:
-        number = {name: _flushed(np.float32(record[name])) for name in ("lr", "weight_decay", "bias1", "bias2")}
-        names = ("beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "eps", "eps2", "clip")
-        plain = {name: float(_flushed(np.float32(record[name]))) for name in names}
-        seed = int(record["seed_low"]) | int(record["seed_high"]) << 32
-        return cls(**number, **plain, flags=Flag(int(record["flags"])), seed=seed, step=int(record["step"]))
+        def number(name: str) -> np.float32:
+            return _flushed(np.float32(record[name]))
+
+        return cls(
+            lr=number("lr"),
+            beta1=float(number("beta1")),
+            beta2=float(number("beta2")),
+            one_minus_beta1=float(number("one_minus_beta1")),
+            one_minus_beta2=float(number("one_minus_beta2")),
+            eps=float(number("eps")),
+            eps2=float(number("eps2")),
+            weight_decay=number("weight_decay"),
+            bias1=number("bias1"),
+            bias2=number("bias2"),
+            clip=float(number("clip")),
+            flags=Flag(int(record["flags"])),
+            seed=int(record["seed_low"]) | int(record["seed_high"]) << 32,
+            step=int(record["step"]),
+        )
 
     def noise(self, flag: Flag, item: Item, stream: int) -> formats.Noise | None:
         return formats.noise_key(self.seed, self.step, item.noise_id, stream) if self.flags & flag else None
@@ -113,22 +135,34 @@ def _gradient(item: Item, hyper: Hyper, start: int, stop: int) -> Tensor:
     return gradient.neg_() if hyper.flags & Flag.MAXIMIZE else gradient
 
 
-def _decode(spec: MomentSpec | None, codes: Tensor | None, blocks: Tensor | None, start: int, stop: int) -> Tensor | None:
+def _decode(
+    spec: MomentSpec | None, codes: Tensor | None, blocks: Tensor | None, start: int, stop: int
+) -> Tensor | None:
     """The values of a moment; None where there is none or it is factored."""
     if spec is None or spec.format is None or codes is None:
         return None
     return formats.decode(spec.format, codes, blocks, spec.block_size, start, stop)
 
 
+def _encode(
+    spec: MomentSpec | None,
+    values: Tensor | None,
+    codes: Tensor | None,
+    blocks: Tensor | None,
+    start: int,
+    noise: formats.Noise | None,
+) -> None:
+    """The inverse of ``_decode``; nothing where that gave None."""
+    if spec is None or spec.format is None or values is None or codes is None:
+        return
+    formats.encode(spec.format, values, codes, blocks, spec.block_size, start, noise)
+
+
 def _store(item: Item, hyper: Hyper, start: int, p: Tensor, m: Tensor | None, v: Tensor | None) -> None:
     formats.store(p, item.param, start, hyper.noise(Flag.STOCHASTIC_WRITE, item, formats.STREAM_WRITE))
-    if m is not None and item.first is not None and item.first_spec is not None and item.first_spec.format is not None:
-        spec = item.first_spec
-        formats.encode(spec.format, m, item.first, item.first_block, spec.block_size, start, None)
-    if v is not None and item.second_spec.format is not None:
-        noise = hyper.noise(Flag.STOCHASTIC_STATE, item, formats.STREAM_SECOND)
-        spec = item.second_spec
-        formats.encode(spec.format, v, item.second, item.second_block, spec.block_size, start, noise)
+    _encode(item.first_spec, m, item.first, item.first_block, start, None)
+    noise = hyper.noise(Flag.STOCHASTIC_STATE, item, formats.STREAM_SECOND)
+    _encode(item.second_spec, v, item.second, item.second_block, start, noise)
 
 
 # --- Adam: Kingma & Ba 2015, Algorithm 1; AdamW: Loshchilov & Hutter 2019, Algorithm 2. ---

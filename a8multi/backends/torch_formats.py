@@ -1,8 +1,8 @@
 """float32 arithmetic, noise and storage formats in plain torch operations, for the torch backend.
 
-The readable twin of native/include/a8/math.h and format.h: the same operations in the same order, each rounded once and
-with subnormals flushed, so that the codes are the libraries' own. Receives and returns flat tensors on any device; never
-reads a value back to the host.
+The readable twin of native/include/a8/math.h and format.h: the same operations in the same order, each rounded once
+and with subnormals flushed, so that the codes are the libraries' own. Receives and returns flat tensors on any device;
+never reads a value back to the host.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def div(a: Tensor, b: Tensor) -> Tensor:
 
 
 def sqrt(x: Tensor) -> Tensor:
-    # torch's CPU builds call MKL, whose float32 root is one unit off in a fifth of the cases (measured, torch 2.13). A root
-    # taken in float64 has enough bits that rounding it again gives the correctly rounded one. GPUs round correctly.
+    # torch's CPU builds call MKL, whose float32 root is one unit off in a fifth of the cases (measured, torch 2.13). A
+    # float64 root has enough bits that rounding it again gives the correctly rounded one. CUDA's is correctly rounded.
     return x.double().sqrt_().to(torch.float32) if x.device.type == "cpu" else x.sqrt()
 
 

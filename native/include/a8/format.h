@@ -14,8 +14,9 @@
 // The mask is arithmetic on purpose: as a comparison it keeps g++ from vectorising the extremes of a block.
 A8_FN int32_t a8_log8_bits(float x) {
   int32_t bits = (int32_t)a8_bits(x);
+  int32_t magnitude = bits & 0x7fffffff;
   bits = bits < 0 ? 0 : bits;
-  bits = bits > A8_LOG8_INFINITY ? A8_LOG8_INFINITY : bits;
+  bits = magnitude > A8_LOG8_INFINITY ? A8_LOG8_INFINITY : bits;  // a NaN of either sign: x86 makes negative ones
   return bits & ~((bits - A8_LOG8_SMALLEST) >> 31);
 }
 
