@@ -15,10 +15,10 @@ _EXPORTS = {
     "Adam8bit": "a8multi.optim",
     "Adafactor8bit": "a8multi.optim",
     "Adafactor8Bit": "a8multi.optim",
-    "backends": "a8multi.backends",
-    "backend_for": "a8multi.backends",
-    "explain": "a8multi.backends",
-    "use_backend": "a8multi.backends",
+    "backends": "a8multi.backend",
+    "backend_for": "a8multi.backend",
+    "explain": "a8multi.backend",
+    "use_backend": "a8multi.backend",
     "functional": "a8multi.functional",
     "A8MultiError": "a8multi.errors",
     "BackendUnavailable": "a8multi.errors",
@@ -34,10 +34,10 @@ __all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604  (the keys of a literal)
 
 if TYPE_CHECKING:
     from a8multi import functional as functional
-    from a8multi.backends import backend_for as backend_for
-    from a8multi.backends import backends as backends
-    from a8multi.backends import explain as explain
-    from a8multi.backends import use_backend as use_backend
+    from a8multi.backend import backend_for as backend_for
+    from a8multi.backend import backends as backends
+    from a8multi.backend import explain as explain
+    from a8multi.backend import use_backend as use_backend
     from a8multi.errors import A8MultiError as A8MultiError
     from a8multi.errors import BackendUnavailable as BackendUnavailable
     from a8multi.errors import LibraryError as LibraryError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from a8multi.backends.registry import backend_for
+from a8multi.backend.registry import backend_for
 from a8multi.errors import StateFormatError
 from a8multi.plan.step_plan import DTYPES
 from a8multi.quant.formats import FORMATS, StateFormat, check_block_size

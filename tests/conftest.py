@@ -35,7 +35,7 @@ class BackendCase:
 
     def assert_ran(self) -> None:
         """Fail unless the last operation really ran on the forced instruction set."""
-        from a8multi.backends.registry import backend_for
+        from a8multi.backend.registry import backend_for
 
         if self.isa is not None:
             assert backend_for(self.device, "codec").isa_ran == self.isa  # type: ignore[attr-defined]
@@ -48,7 +48,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     One that cannot run is skipped with its reason; named in A8MULTI_REQUIRE_BACKEND, it fails.
     """
     # Not at the top: the loader's tests run where torch is not installed.
-    from a8multi.backends.registry import backend_for, use_backend
+    from a8multi.backend.registry import backend_for, use_backend
 
     name, _, isa = request.param.partition("-")
     case = BackendCase(name, isa or None, "cuda" if name in {"cuda", "cupy"} else "cpu")

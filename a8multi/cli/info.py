@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from a8multi.cli.console import EXIT_FAILED, EXIT_OK, format_table
 
 if TYPE_CHECKING:
-    from a8multi.backends import BackendReport
+    from a8multi.backend import BackendReport
 
 # Version of the JSON document: raised when a key changes its meaning or goes.
 DOCUMENT_VERSION = 1
@@ -38,7 +38,7 @@ def collect() -> dict[str, Any]:
     `environment` (every A8MULTI_* variable).
     """
     from a8multi import settings
-    from a8multi.backends import backends, explain
+    from a8multi.backend import backends, explain
     from a8multi.cli.system import devices, versions
 
     reports = backends()

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from a8multi.backends.base import Backend
-from a8multi.backends.registry import backend_for, use_backend
+from a8multi.backend.base import Backend
+from a8multi.backend.registry import backend_for, use_backend
 from a8multi.loader.structs import Flag
 from a8multi.plan import MomentSpec
 from a8multi.quant.formats import check_block_size

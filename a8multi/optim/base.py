@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from a8multi.backends.base import Backend
-from a8multi.backends.registry import backend_for
+from a8multi.backend.base import Backend
+from a8multi.backend.registry import backend_for
 from a8multi.plan import Item, MomentSpec, StepPlan, matrix_shape
 from a8multi.plan.step_plan import DTYPES, HYPER
 

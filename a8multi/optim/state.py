@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from a8multi.backends.registry import backend_for
+from a8multi.backend.registry import backend_for
 from a8multi.errors import StateFormatError
 from a8multi.plan import Item, MomentSpec, matrix_shape
 from a8multi.quant.formats import FORMATS, StateFormat
@@ -27,10 +27,11 @@ State = dict[str, Any]
 Specs = Callable[[dict[str, Any], Tensor], tuple[MomentSpec | None, MomentSpec]]
 
 _FIRST, _SECOND, _ROW, _COL = "exp_avg", "exp_avg_sq", "row_var", "col_var"
+_BLOCK_NAMES = {_FIRST: "exp_avg_block", _SECOND: "exp_avg_sq_block"}
 
 
 def _block_name(name: str) -> str:
-    return f"{name}_block"
+    return _BLOCK_NAMES[name]
 
 
 def layout(
@@ -62,14 +63,23 @@ def ensure(state: State, param: Tensor, first: MomentSpec | None, second: Moment
     for name, value in state.items():
         if isinstance(value, Tensor) and value.device != param.device:  # the model was moved after a step
             state[name] = value.to(param.device)
-    wanted = layout(param, first, second)
-    if _held(state) == wanted:
+    wanted, held = layout(param, first, second), _held(state)
+    if held == wanted:
         return
     made: State = {"step": int(state.get("step", 0))}
-    if first is not None:
+
+    def kept(moment: str) -> bool:
+        """Takes over a moment whose format stays: reading and storing it would round it once more."""
+        names = (moment, _block_name(moment))
+        same = moment in held and all(held.get(name) == wanted.get(name) for name in names)
+        made.update({name: state[name] for name in names if same and name in state})
+        return same
+
+    if first is not None and not kept(_FIRST):
         _put(made, _FIRST, first, param, _read(state, _FIRST, param))
     if second.format is not None:
-        _put(made, _SECOND, second, param, _read_second(state, param))
+        if not kept(_SECOND):
+            _put(made, _SECOND, second, param, _read_second(state, param))
     else:
         made[_ROW], made[_COL] = _means(state, param)
     state.clear()
@@ -88,9 +98,14 @@ def tensors(
 
 def holds(item: Item) -> bool:
     """Whether the state still holds the very tensors of the item (a user may have put others there)."""
-    state = item.state
-    second = state.get(_ROW) if item.second_spec.format is None else state.get(_SECOND)
-    return state.get(_FIRST) is item.first and second is item.second
+    get = item.state.get
+    second, block = (_ROW, _COL) if item.second_spec.format is None else (_SECOND, _BLOCK_NAMES[_SECOND])
+    return (
+        get(second) is item.second
+        and get(block) is item.second_block
+        and get(_FIRST) is item.first
+        and get(_BLOCK_NAMES[_FIRST]) is item.first_block
+    )
 
 
 def checked(
@@ -168,7 +183,23 @@ def _held_format(name: str, state: State, param: Tensor) -> tuple[StateFormat, i
                 for size in sizes:
                     if fmt.blocks_shape(param.numel(), size) == held and size >= 32:
                         return fmt, size
-    raise StateFormatError(f"{name} of a parameter of shape {tuple(param.shape)} is in no known format")
+    raise _misfit(name, state, param)
+
+
+def _misfit(name: str, state: State, param: Tensor) -> StateFormatError:
+    return StateFormatError(
+        f"{name} in the state of a parameter of shape {tuple(param.shape)} is in no format for that shape: the state "
+        f"holds {_words(_held(state))}. A parameter keeps its shape once it has state; to start it anew, delete its "
+        f"entry of optimizer.state"
+    )
+
+
+def _factors(state: State, param: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column means that are held, if they are those of this shape."""
+    row, col = state[_ROW], state[_COL]
+    if param.ndim < 2 or (row.numel(), col.numel()) != matrix_shape(param.shape):
+        raise _misfit(_ROW, state, param)
+    return row, col
 
 
 def _read(state: State, name: str, param: Tensor) -> Tensor | None:
@@ -188,13 +219,15 @@ def _read_second(state: State, param: Tensor) -> Tensor | None:
     """The second moment element by element, from row and column means if need be: v = row * col / mean(row)."""
     if _ROW not in state:
         return _read(state, _SECOND, param)
-    row, col = state[_ROW], state[_COL]
+    row, col = _factors(state, param)
     mean = row.mean().clamp(min=torch.finfo(torch.float32).tiny)
     return torch.outer(row / mean, col).reshape(param.shape)
 
 
 def _means(state: State, param: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column means of the second moment."""
+    if _ROW in state:
+        return _factors(state, param)
     rows, cols = matrix_shape(param.shape)
     values = _read(state, _SECOND, param)
     if values is None:

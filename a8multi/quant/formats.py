@@ -1,6 +1,6 @@
 """The storage formats by name: what tensors hold a moment, and how they start.
 
-The arithmetic of a format is in native/include/a8/format.h and, for the torch backend, in backends/torch_formats.py;
+The arithmetic of a format is in native/include/a8/format.h and, for the torch backend, in backend/torch_formats.py;
 here is only its shape. A format never changes under its name.
 """
 

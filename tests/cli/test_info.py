@@ -12,7 +12,7 @@ import torch
 
 import a8multi
 from a8multi import settings
-from a8multi.backends import BackendReport
+from a8multi.backend import BackendReport
 from a8multi.cli.info import why
 from a8multi.cli.system import devices
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from a8multi.backends.torch_formats import STREAM_SECOND, STREAM_WRITE, Noise, noise_halves, noise_key
+from a8multi.backend.torch_formats import STREAM_SECOND, STREAM_WRITE, Noise, noise_halves, noise_key, noise_offsets
 from a8multi.functional import quantize_blockwise
 
 CHUNK = 16384
@@ -75,10 +75,32 @@ def test_torch_noise_follows_the_definition(start):
 
 
 def test_torch_key_follows_the_definition():
-    key = mixed(0xFFFFFFFE + 0x9E3779B9 & WORD)
-    for part in (0x12345678, 17, 4, STREAM_SECOND):
-        key = mixed(key ^ part)
-    assert noise_key(0x12345678_FFFFFFFE, 17, 4, STREAM_SECOND) == (key, mixed(key ^ 0x85EBCA6B))
+    # Only the noise of write-back is drawn anew at every step.
+    for stream, step in ((STREAM_SECOND, 0), (STREAM_WRITE, 17)):
+        key = mixed(0xFFFFFFFE + 0x9E3779B9 & WORD)
+        for part in (0x12345678, step, 4, stream):
+            key = mixed(key ^ part)
+        turn = 17 * 0x4F1BBD + 0x40 & WORD
+        assert noise_key(0x12345678_FFFFFFFE, 17, 4, stream) == (key, mixed(key ^ 0x85EBCA6B), turn)
+
+
+def offsets_at(step):
+    """The offsets of a thousand elements at one step, in [1, 2)."""
+    return noise_offsets(noise_key(5, step, 1, STREAM_SECOND), 0, 1000, torch.device("cpu")).double()
+
+
+def test_the_noise_of_an_element_is_spread_evenly_over_time():
+    # Of 89 steps (a Fibonacci number) every eighth of [1, 2) gets its share but for less than two; chance would be off
+    # by more than five for one of a thousand elements.
+    steps = torch.stack([offsets_at(step) for step in range(1000, 1089)])
+    for part in range(8):
+        inside = ((steps >= 1 + part / 8) & (steps < 1 + (part + 1) / 8)).sum(0)
+        assert float((inside - 89 / 8).abs().max()) < 2
+
+
+def test_the_noise_turns_by_the_golden_ratio():
+    turned = (offsets_at(8) - offsets_at(7)) % 1.0
+    assert torch.allclose(turned, torch.full_like(turned, (math.sqrt(5) - 1) / 2), rtol=0, atol=2**-22)
 
 
 def test_noise_is_uniform():

@@ -48,8 +48,10 @@ A8_FN float a8_log8_decode(uint32_t code, int32_t lo, int32_t step) {
   return a8_float(code == 0 ? 0u : bits);
 }
 
-// The middle of one of the 2^16 cells of [1, 2), from one half of the noise word of an element's pair.
-A8_FN float a8_offset(uint32_t half) { return a8_float(0x3f800040u | half << 7); }
+// A number in [1, 2) from the low 16 bits of `half`, one half of a pair's noise word, turned by a8_noise.turn.
+A8_FN float a8_offset(uint32_t half, uint32_t turn) {
+  return a8_float(0x3f800000u | (((half << 7) + turn) & 0x7fffffu));
+}
 
 // --- Formats scaled by the block's largest magnitude: int8 and nf4. Block header: float32 scale. ---
 // A block whose largest magnitude is below 1e-36 is stored as zeros (its reciprocal would overflow). A block that holds

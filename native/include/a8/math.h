@@ -7,12 +7,16 @@
 
 // --- Noise: a counter-based hash, so that replicas and backends draw the same bits (design: never a device RNG). ---
 
+// first, second: key of the hash. turn: what A8_STREAM_SECOND adds to the noise of all elements at this step.
 typedef struct a8_noise {
   uint32_t first;
   uint32_t second;
+  uint32_t turn;
 } a8_noise;
 
-// What the noise is for. Different streams never share bits.
+// What the noise is for. Different streams never share bits. WRITE draws anew at every step. SECOND draws once for an
+// element and turns the draw by the golden ratio from step to step: the noise that an element meets is then spread evenly
+// over time, and a moving average drifts less than with independent draws (docs/decisions/0006-noise-turns.md).
 enum a8_stream { A8_STREAM_SECOND = 1, A8_STREAM_WRITE = 2 };
 
 // The 32-bit finaliser "lowbias32" (C. Wellons, hash-prospector): a bijection with bias 0.17 of the ideal's.
@@ -27,12 +31,14 @@ A8_FN uint32_t a8_mix(uint32_t x) {
 A8_FN a8_noise a8_noise_key(uint32_t seed_low, uint32_t seed_high, uint32_t step, uint32_t noise_id, uint32_t stream) {
   uint32_t key = a8_mix(seed_low + 0x9e3779b9u);
   key = a8_mix(key ^ seed_high);
-  key = a8_mix(key ^ step);
+  key = a8_mix(key ^ (stream == A8_STREAM_SECOND ? 0u : step));
   key = a8_mix(key ^ noise_id);
   key = a8_mix(key ^ stream);
   a8_noise noise;
   noise.first = key;
   noise.second = a8_mix(key ^ 0x85ebca6bu);
+  // 2^23 divided by the golden ratio, and the middle of a cell of 2^-16.
+  noise.turn = step * 0x4f1bbdu + 0x40u;
   return noise;
 }
 

@@ -2,7 +2,7 @@
 
 The formulas are math.h's, one operation at a time in its order, on slices of a tensor so that temporaries stay small.
 On x86 CPUs, Adam and the formats give the same bits as the compiled library, for every format and dtype, subnormals
-included (tests/backends/test_torch.py); a NaN may differ from a NaN. Adafactor differs by the order in which sums are
+included (tests/backend/test_torch.py); a NaN may differ from a NaN. Adafactor differs by the order in which sums are
 added. Nothing is read back to the host, so nothing synchronises.
 """
 

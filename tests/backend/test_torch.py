@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import a8multi
-import a8multi.backends.torch as torch_backend
-from a8multi.backends import torch_formats as formats
+import a8multi.backend.torch as torch_backend
+from a8multi.backend import torch_formats as formats
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A partial block, an odd number of elements, one past a chunk, less than a block.

@@ -67,10 +67,11 @@ _WORD = 0xFFFFFFFF
 
 
 class Noise(NamedTuple):
-    """``a8_noise``: the key of one parameter's noise at one step."""
+    """``a8_noise``: the key of one parameter's noise at one step, and what turns it from step to step."""
 
     first: int
     second: int
+    turn: int
 
 
 def _mix(x: int) -> int:
@@ -84,9 +85,9 @@ def _mix(x: int) -> int:
 def noise_key(seed: int, step: int, noise_id: int, stream: int) -> Noise:
     """``a8_noise_key`` of a 64-bit seed."""
     key = _mix((seed & _WORD) + 0x9E3779B9 & _WORD)
-    for part in (seed >> 32, step, noise_id, stream):
+    for part in (seed >> 32, 0 if stream == STREAM_SECOND else step, noise_id, stream):
         key = _mix(key ^ part)
-    return Noise(key, _mix(key ^ 0x85EBCA6B))
+    return Noise(key, _mix(key ^ 0x85EBCA6B), step * 0x4F1BBD + 0x40 & _WORD)
 
 
 def noise_halves(key: Noise, start: int, count: int, device: torch.device) -> Tensor:
@@ -106,6 +107,12 @@ def noise_halves(key: Noise, start: int, count: int, device: torch.device) -> Te
     x.mul_(0x846CA68B).bitwise_and_(_WORD)
     x ^= x >> 16
     return torch.stack(((x & 0xFFFF).to(torch.int32), (x >> 16).to(torch.int32)), dim=-1).view(-1)[:count]
+
+
+def noise_offsets(key: Noise, start: int, count: int, device: torch.device) -> Tensor:
+    """``a8_offset`` of ``count`` elements: numbers in [1, 2), float32 [count]."""
+    steps = noise_halves(key, start, count, device).bitwise_left_shift_(7).add_(key.turn & 0x7FFFFF)
+    return steps.bitwise_and_(0x7FFFFF).bitwise_or_(0x3F800000).view(torch.float32)
 
 
 # --- 16-bit floats. To nearest, torch's own conversion is the libraries'. ---
@@ -147,7 +154,7 @@ def _in_blocks(x: Tensor, block_size: int) -> Tensor:
     return (F.pad(x, (0, missing)) if missing else x).view(-1, block_size)
 
 
-def encode_log8(x: Tensor, block_size: int, halves: Tensor | None) -> tuple[Tensor, Tensor]:
+def encode_log8(x: Tensor, block_size: int, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
     bits = x.view(torch.int32).clamp(0, _LOG8_INFINITY).masked_fill_(x.isnan(), _LOG8_INFINITY)
     bits = _in_blocks(bits.mul_(bits >= _LOG8_SMALLEST), block_size)
     high = bits.amax(1)
@@ -159,11 +166,7 @@ def encode_log8(x: Tensor, block_size: int, halves: Tensor | None) -> tuple[Tens
     inverse = div(constant(1.0, x), step.to(torch.float32))
     position = (bits - origin[:, None]).to(torch.float32).mul_(inverse[:, None])
     # 1 + a fraction: 1.5 rounds to nearest; noise is spread over [1, 2).
-    if halves is None:
-        position.add_(1.5)
-    else:
-        offset = halves.bitwise_left_shift(7).bitwise_or_(0x3F800040).view(torch.float32)
-        position.add_(_in_blocks(offset, block_size))
+    position.add_(1.5 if offsets is None else _in_blocks(offsets, block_size))
     codes = position.to(torch.int32).clamp_(0, 255).to(torch.uint8)
     return codes.view(-1)[: x.numel()], torch.stack((low, step), dim=1)
 
@@ -258,8 +261,8 @@ def encode(
         store(x, codes, start)
         return
     if fmt.name == "log8":
-        halves = None if noise is None else noise_halves(noise, start, x.numel(), x.device)
-        new_codes, new_blocks = encode_log8(x, block_size, halves)
+        offsets = None if noise is None else noise_offsets(noise, start, x.numel(), x.device)
+        new_codes, new_blocks = encode_log8(x, block_size, offsets)
     else:
         new_codes, new_blocks = {"int8": encode_int8, "nf4": encode_nf4}[fmt.name](x, block_size)
     _codes(codes, fmt, start, x.numel()).copy_(new_codes)

@@ -36,10 +36,10 @@ class _Entry:
 
 # In the order of automatic choice. A new backend is one module and one row.
 BACKENDS = (
-    _Entry("cuda", ("cuda",), "a8multi.backends.native", "NativeBackend", ("cuda",)),
-    _Entry("cupy", ("cuda",), "a8multi.backends.cupy", "CupyBackend"),
-    _Entry("cpu", ("cpu",), "a8multi.backends.native", "NativeBackend", ("cpu",)),
-    _Entry("torch", (), "a8multi.backends.torch", "TorchBackend"),
+    _Entry("cuda", ("cuda",), "a8multi.backend.native", "NativeBackend", ("cuda",)),
+    _Entry("cupy", ("cuda",), "a8multi.backend.cupy", "CupyBackend"),
+    _Entry("cpu", ("cpu",), "a8multi.backend.native", "NativeBackend", ("cpu",)),
+    _Entry("torch", (), "a8multi.backend.torch", "TorchBackend"),
 )
 
 _loaded: dict[str, Any] = {}  # name -> the backend, or the error that says why there is none

@@ -1,0 +1,188 @@
+// The C entries of the CUDA library: check what the host can see, launch on the caller's stream, report launch errors.
+// Nothing here synchronises or allocates. The tables of a batch are device memory: their contents are the caller's
+// promise. Declarations and their promises: a8/abi.h.
+#include <cuda_runtime_api.h>
+
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+
+#include "kernels/adam.cuh"
+#include "kernels/codec.cuh"
+
+#ifndef A8_VERSION
+#define A8_VERSION "unknown"
+#endif
+#ifndef A8_ARCHITECTURES
+#define A8_ARCHITECTURES "unknown"
+#endif
+
+static_assert(A8_CHUNK % A8_MAX_BLOCK == 0, "a span never crosses a chunk");
+static_assert(A8_CHUNK / A8_UNIT <= 64, "the units of a chunk are the bits of one word");
+static_assert(sizeof(a8_tensor) == 144 && sizeof(a8_hyper) == 72, "no hidden padding");
+
+namespace {
+
+thread_local char message[512];
+
+int32_t fail(int32_t status, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(message, sizeof message, format, arguments);
+  va_end(arguments);
+  return status;
+}
+
+// cudaErrorNoKernelImageForDevice and its like mean that the library, not the call, is at fault.
+int32_t fail_device(const a8_exec* exec, const char* what, cudaError_t error) {
+  bool unsupported = error == cudaErrorNoKernelImageForDevice || error == cudaErrorInsufficientDriver ||
+                     error == cudaErrorUnsupportedPtxVersion;
+  return fail(unsupported ? A8_ERROR_UNSUPPORTED : A8_ERROR_DEVICE, "%s on cuda:%d failed: %s: %s%s", what,
+              exec->device, cudaGetErrorName(error), cudaGetErrorString(error),
+              unsupported ? " (built for " A8_ARCHITECTURES "; rebuild for this device or update its driver)" : "");
+}
+
+// The caller's current device, restored at the end of an entry.
+class Device {
+ public:
+  explicit Device(int32_t wanted) {
+    status_ = cudaGetDevice(&before_);
+    if (status_ == cudaSuccess && before_ != wanted) {
+      status_ = cudaSetDevice(wanted);
+      changed_ = status_ == cudaSuccess;
+    }
+  }
+  ~Device() {
+    if (changed_) cudaSetDevice(before_);
+    cudaGetLastError();  // a failed call above is reported once, not by the next launch
+  }
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+  cudaError_t status() const { return status_; }
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+  cudaError_t status_;
+};
+
+// Runs `launch` with exec's device current and turns its error into a status.
+template <typename F>
+int32_t on_device(a8_exec* exec, const char* what, F launch) {
+  Device device(exec->device);
+  if (device.status() != cudaSuccess) return fail_device(exec, "choosing the device", device.status());
+  exec->isa_ran = 0;
+  cudaError_t error = launch(static_cast<cudaStream_t>(exec->stream));
+  return error == cudaSuccess ? (int32_t)A8_OK : fail_device(exec, what, error);
+}
+
+bool aligned(const void* pointer, uintptr_t to) { return reinterpret_cast<uintptr_t>(pointer) % to == 0; }
+bool good_block(uint32_t size) { return size >= A8_MIN_BLOCK && size <= A8_MAX_BLOCK && (size & (size - 1)) == 0; }
+
+int32_t check_codec(const a8_exec* exec, const a8_codec* codec) {
+  if (!exec || !codec) return fail(A8_ERROR_ARGUMENT, "exec or codec is null");
+  if (codec->numel == 0) return A8_OK;
+  if (codec->dtype > A8_F16 || (codec->format != A8_LOG8 && codec->format != A8_INT8 && codec->format != A8_NF4))
+    return fail(A8_ERROR_UNSUPPORTED, "format %u or dtype %u", codec->format, codec->dtype);
+  if (codec->numel < 0 || !codec->values || !codec->codes || !codec->blocks ||
+      !aligned(codec->values, codec->dtype == A8_F32 ? 4 : 2) || !aligned(codec->blocks, 4))
+    return fail(A8_ERROR_ARGUMENT, "values, codes or blocks is null, misaligned, or numel %lld is negative",
+                (long long)codec->numel);
+  if (!good_block(codec->block_size))
+    return fail(A8_ERROR_ARGUMENT, "block_size %u is not a power of two from %d to %d", codec->block_size, A8_MIN_BLOCK,
+                A8_MAX_BLOCK);
+  return A8_OK;
+}
+
+// Blocks of threads for `units` of work, `per_block` at a time: at most enough to fill any device a few times over.
+uint32_t grid_for(int64_t units, int64_t per_block) {
+  int64_t blocks = (units + per_block - 1) / per_block;
+  return (uint32_t)(blocks < 8192 ? blocks : 8192);
+}
+
+int32_t run_codec(a8_exec* exec, const a8_codec* codec, bool quantize) {
+  message[0] = 0;
+  if (int32_t status = check_codec(exec, codec)) return status;
+  if (codec->numel == 0) return A8_OK;
+  return on_device(exec, quantize ? "quantising" : "dequantising", [&](cudaStream_t stream) {
+    if (quantize) {
+      int64_t blocks = (codec->numel + codec->block_size - 1) / codec->block_size;
+      a8_quantize_kernel<<<grid_for(blocks, A8_THREADS / 32), A8_THREADS, 0, stream>>>(*codec);
+    } else {
+      a8_dequantize_kernel<<<grid_for((codec->numel + 1) / 2, A8_THREADS), A8_THREADS, 0, stream>>>(*codec);
+    }
+    return cudaGetLastError();
+  });
+}
+
+// Chunks of a group: as many as leave 24 groups to each block of threads that the device holds at once.
+uint32_t group_for(int32_t device, uint32_t chunks) {
+  int multiprocessors = 0;
+  if (cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+  uint32_t group = chunks / ((uint32_t)multiprocessors * A8_ADAM_RESIDENT * 24 + 1);
+  return group < 1 ? 1 : group > A8_MAX_GROUP ? A8_MAX_GROUP : group;
+}
+
+int32_t check_batch(const a8_exec* exec, const a8_batch* batch) {
+  if (!exec || !batch) return fail(A8_ERROR_ARGUMENT, "exec or batch is null");
+  if (batch->chunk_count == 0) return A8_OK;
+  if (batch->tensor_count == 0 || batch->hyper_count == 0)
+    return fail(A8_ERROR_ARGUMENT, "%u chunks of %u tensors with %u hyper-parameters", batch->chunk_count,
+                batch->tensor_count, batch->hyper_count);
+  if (batch->chunk_count < batch->tensor_count)
+    return fail(A8_ERROR_ARGUMENT, "%u chunks cannot cover %u tensors", batch->chunk_count, batch->tensor_count);
+  if (batch->chunk_count > 0x7fffffffu)
+    return fail(A8_ERROR_UNSUPPORTED, "%u chunks: at most 2^31 - 1", batch->chunk_count);
+  if (!batch->tensors || !batch->chunks || !batch->hypers || !aligned(batch->tensors, 8) ||
+      !aligned(batch->chunks, 4) || !aligned(batch->hypers, 8))
+    return fail(A8_ERROR_ARGUMENT, "a table of the batch is null or misaligned");
+  return A8_OK;
+}
+
+}  // namespace
+
+A8_EXPORT const char* a8_last_error(void) { return message; }
+
+A8_EXPORT int32_t a8_get_info(a8_info* info) {
+  message[0] = 0;
+  if (!info) return fail(A8_ERROR_ARGUMENT, "info is null");
+  memset(info, 0, sizeof *info);
+  info->abi_version = A8_ABI_VERSION;
+  info->ops = A8_OP_CODEC | A8_OP_ADAM;
+  info->sizeof_info = sizeof(a8_info);
+  info->sizeof_exec = sizeof(a8_exec);
+  info->sizeof_hyper = sizeof(a8_hyper);
+  info->sizeof_tensor = sizeof(a8_tensor);
+  info->sizeof_chunk = sizeof(a8_chunk);
+  info->sizeof_batch = sizeof(a8_batch);
+  info->sizeof_codec = sizeof(a8_codec);
+  info->chunk = A8_CHUNK;
+  info->tile_rows = A8_TILE_ROWS;
+  info->tile_cols = A8_TILE_COLS;
+  info->toolkit = CUDART_VERSION;
+  snprintf(info->backend, sizeof info->backend, "cuda");
+  snprintf(info->version, sizeof info->version, "%s", A8_VERSION);
+  snprintf(info->architectures, sizeof info->architectures, "%s", A8_ARCHITECTURES);
+  return A8_OK;
+}
+
+A8_EXPORT int32_t a8_quantize(a8_exec* exec, const a8_codec* codec) { return run_codec(exec, codec, true); }
+
+A8_EXPORT int32_t a8_dequantize(a8_exec* exec, const a8_codec* codec) { return run_codec(exec, codec, false); }
+
+A8_EXPORT int32_t a8_adam(a8_exec* exec, const a8_batch* batch) {
+  message[0] = 0;
+  if (int32_t status = check_batch(exec, batch)) return status;
+  if (batch->chunk_count == 0) return A8_OK;
+  return on_device(exec, "the Adam step", [&](cudaStream_t stream) {
+    uint32_t group = group_for(exec->device, batch->chunk_count);
+    a8_adam_kernel<<<(batch->chunk_count + group - 1) / group, A8_THREADS, 0, stream>>>(*batch, group);
+    return cudaGetLastError();
+  });
+}
+
+A8_EXPORT int32_t a8_adafactor(a8_exec* exec, const a8_batch* batch, uint32_t phases) {
+  message[0] = 0;
+  (void)exec, (void)batch, (void)phases;
+  return fail(A8_ERROR_UNSUPPORTED, "this CUDA library has no Adafactor; choose another backend for these parameters");
+}

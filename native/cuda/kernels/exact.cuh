@@ -1,0 +1,51 @@
+// Square root, division and reciprocal without the range checks of the compiler's, so without a branch an element: the
+// same correctly rounded bits inside the ranges named here, and nothing promised outside. bench/gpu_exact.cu checks
+// them against the compiler's on the device.
+//
+// Each ends with the remainder computed exactly by one fma. The rest of the arithmetic has no fma (a8/math.h).
+#pragma once
+
+#include "a8/format.h"
+
+#define A8_TWO_TO(exponent) a8_float((uint32_t)(127 + (exponent)) << 23)
+
+// The processor's approximate instructions, whatever the compiler's flags: relative errors of about 2^-23.
+A8_FN float a8_rough_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+A8_FN float a8_rough_reciprocal_root(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// sqrt(x) for x = 0 or 2^-100 <= x <= 2^100. The maximum keeps 0 * infinity away from x = 0.
+A8_FN float a8_exact_sqrt(float x) {
+  float y = a8_rough_reciprocal_root(fmaxf(x, A8_TWO_TO(-110)));
+  float root = x * y;
+  return __fmaf_rn(__fmaf_rn(-root, root, x), 0.5f * y, root);
+}
+
+// a / b for b, a / b and their reciprocals within 2^-120 .. 2^120 and 2^-100 <= |a|, or a = 0, whose sign is kept.
+A8_FN float a8_exact_div(float a, float b) {
+  float y = a8_rough_reciprocal(b);
+  y = __fmaf_rn(__fmaf_rn(-b, y, 1.0f), y, y);
+  float q = a * y;
+  q = __fmaf_rn(-__fmaf_rn(b, q, -a), y, q);
+  return __fmaf_rn(-__fmaf_rn(b, q, -a), y, q);
+}
+
+// 1 / step for an integer 1 <= step <= 2^23.
+A8_FN float a8_exact_reciprocal(float step) {
+  float y = a8_rough_reciprocal(step);
+  y = __fmaf_rn(__fmaf_rn(-step, y, 1.0f), y, y);
+  return __fmaf_rn(__fmaf_rn(-step, y, 1.0f), y, y);
+}
+
+// a / 127 for 2^-100 <= a <= 2^100.
+A8_FN float a8_exact_div_127(float a) {
+  float q = a * 0.007874015748031496f;
+  return __fmaf_rn(-__fmaf_rn(127.0f, q, -a), 0.007874015748031496f, q);
+}
