@@ -30,6 +30,16 @@ _OPTIONS = ("--std=c++17", "-fmad=false", "-ftz=true", "-prec-div=true", "-prec-
 _MAX_GRID = 8192  # of the kernels that take any grid
 
 
+class _TorchStream:
+    """A stream of torch's in the CUDA stream protocol, which older versions of torch do not have."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
+
+
 class CupyBackend:
     """The kernels that ``loader.sources`` finds, compiled for each device when it first runs one."""
 
@@ -64,18 +74,24 @@ class CupyBackend:
 
     @contextmanager
     def _on(self, device: torch.device) -> Iterator[None]:
-        stream = torch.cuda.current_stream(device).cuda_stream
-        with self._cupy.cuda.Device(device.index), self._cupy.cuda.ExternalStream(stream, device.index):
-            yield
+        pointer = torch.cuda.current_stream(device).cuda_stream
+        with self._cupy.cuda.Device(device.index):
+            if hasattr(self._cupy.cuda.Stream, "from_external"):
+                stream = self._cupy.cuda.Stream.from_external(_TorchStream(pointer))
+            else:  # CuPy < 14
+                stream = self._cupy.cuda.ExternalStream(pointer, device.index)
+            with stream:
+                yield
 
-    def _launch(self, name: str, device: torch.device, grid: int, struct: ctypes.Structure) -> None:
+    def _launch(self, name: str, device: torch.device, grid: int, struct: ctypes.Structure, *more: np.uint32) -> None:
         argument = np.frombuffer(bytes(struct), dtype=np.dtype(type(struct)))
         with self._on(device):
-            self._kernels[name]((grid,), (self._threads,), (argument,))
+            self._kernels[name]((grid,), (self._threads,), (argument, *more))
 
     def adam(self, plan: StepPlan, hypers: np.ndarray) -> None:
         batch = marshal.batch_of(plan, hypers)
-        self._launch("adam", plan.device, batch.chunk_count, batch)
+        # The last argument is how many chunks a block of threads takes at a time: any gives the same bits.
+        self._launch("adam", plan.device, batch.chunk_count, batch, np.uint32(1))
 
     def adafactor(self, plan: StepPlan, hypers: np.ndarray) -> None:
         raise BackendUnavailable("the cupy backend offers no adafactor; choose another backend")
