@@ -177,8 +177,9 @@ A8_FN a8_decoder a8_load_header(const void* headers, uint32_t format, int64_t bl
   a8_decoder header;
   bool log8 = format == A8_LOG8;
   header.scale = log8 ? 0.0f : *a8_at<float>(headers, block);
-  header.lo = log8 ? a8_at<int32_t>(headers, 2 * block)[0] : 0;
-  header.step = log8 ? a8_at<int32_t>(headers, 2 * block)[1] : 1;
+  uint32_t word = log8 ? *a8_at<uint32_t>(headers, block) : 0u;
+  header.lo = a8_log8_header_lo(word);
+  header.step = a8_log8_header_step(word);
   return header;
 }
 
@@ -222,8 +223,7 @@ A8_FN a8_encoder a8_store_header(void* headers, uint32_t format, int64_t block, 
     int32_t lo = a8_log8_lo(extremes.low);
     int32_t step = a8_log8_step(lo, (int32_t)extremes.high);
     encoder.origin = a8_log8_origin(lo);
-    a8_at<int32_t>(headers, 2 * block)[0] = lo;
-    a8_at<int32_t>(headers, 2 * block)[1] = step;
+    *a8_at<uint32_t>(headers, block) = a8_log8_header(lo, step);
     encoder.inverse = a8_div(1.0f, (float)step);
   } else {
     float levels = format == A8_INT8 ? A8_INT8_LEVELS : 1.0f;

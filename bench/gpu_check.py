@@ -1,0 +1,397 @@
+"""Compares the CUDA library with the CPU library byte for byte, and times a step against torch and a plain copy.
+
+Receives paths of both libraries; exits non-zero when a byte differs. Run by bench/gpu.sh, which builds them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from loader.structs import Batch, Chunk, Codec, Dtype, Exec, Flag, Format, Hyper, Info, Tensor
+
+CHUNK = 16384
+TORCH = {Dtype.F32: torch.float32, Dtype.BF16: torch.bfloat16, Dtype.F16: torch.float16}
+FORMATS = {"f32": Format.STATE_F32, "bf16": Format.STATE_BF16, "int8": Format.INT8, "nf4": Format.NF4}
+FORMATS["log8"] = Format.LOG8
+ARRAYS = ("param", "first", "first_block", "second", "second_block")
+
+
+class Library:
+    """One native library and where its arrays live."""
+
+    def __init__(self, path: str, device: str) -> None:
+        self.path, self.device = path, torch.device(device)
+        self.native = ctypes.CDLL(os.path.abspath(path))
+        self.native.a8_last_error.restype = ctypes.c_char_p
+        self.info = Info()
+        self.check(self.native.a8_get_info(ctypes.byref(self.info)))
+
+    def check(self, status: int) -> None:
+        if status:
+            raise RuntimeError(f"{self.path}: status {status}: {self.native.a8_last_error().decode()}")
+
+    def exec(self) -> Exec:
+        if self.device.type == "cpu":
+            return Exec(device=-1, threads=torch.get_num_threads())
+        return Exec(device=self.device.index or 0, stream=torch.cuda.current_stream().cuda_stream)
+
+    def run(self, entry: str, argument: ctypes.Structure) -> None:
+        execution = self.exec()
+        self.check(getattr(self.native, entry)(ctypes.byref(execution), ctypes.byref(argument)))
+
+    def upload(self, table: ctypes.Array) -> torch.Tensor:
+        """The table's bytes where this library reads them; keep the result alive until the call has run."""
+        return torch.frombuffer(bytearray(bytes(table)), dtype=torch.uint8).to(self.device)
+
+
+@dataclass
+class Case:
+    """One tensor to step: its length, types and formats. skew: elements (of quantised state, bytes) by which
+    every array misses alignment."""
+
+    numel: int
+    param: Dtype = Dtype.F32
+    grad: Dtype = Dtype.F32
+    first: str = "int8"
+    second: str = "log8"
+    first_block: int = 128
+    second_block: int = 128
+    skew: int = 0
+    hyper: int = 0
+    scale: float = 1e-3
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every array."""
+
+        def blocks(size: int) -> int:
+            return -(-self.numel // size)
+
+        def moment(name: str) -> int:
+            per = {"f32": 4.0, "bf16": 2.0, "int8": 1.0, "log8": 1.0, "nf4": 0.5}[name]
+            return -int(-self.numel * per // 1)
+
+        return {
+            "param": self.numel * TORCH[self.param].itemsize,
+            "grad": self.numel * TORCH[self.grad].itemsize,
+            "first": moment(self.first),
+            "first_block": 4 * blocks(self.first_block) if self.first in ("int8", "nf4") else 0,
+            "second": moment(self.second),
+            "second_block": 8 * blocks(self.second_block) if self.second == "log8" else 0,
+        }
+
+
+class Run:
+    """The tensors of some cases in one library's memory, with the tables of a step."""
+
+    def __init__(self, library: Library, cases: list[Case], params: list[torch.Tensor]) -> None:
+        self.library, self.cases = library, cases
+        self.arrays: list[dict[str, torch.Tensor]] = []
+        for case, param in zip(cases, params, strict=True):
+            arrays = {}
+            for name, size in case.sizes().items():
+                unit = {"param": TORCH[case.param].itemsize, "grad": TORCH[case.grad].itemsize}
+                skew = case.skew * unit.get(name, 4 if name.endswith("block") else 1)
+                arrays[name] = torch.zeros(size + 64, dtype=torch.uint8, device=library.device)[skew : skew + size]
+            arrays["param"].copy_(param.view(torch.uint8))
+            self.arrays.append(arrays)
+        self.tensors = (Tensor * len(cases))()
+        chunks = []
+        for index, (case, arrays) in enumerate(zip(cases, self.arrays, strict=True)):
+            count = -(-case.numel // CHUNK)
+            self.tensors[index] = Tensor(
+                **{name: array.data_ptr() if array.numel() else None for name, array in arrays.items()},
+                numel=case.numel, chunk_at=len(chunks), chunks=count, hyper=case.hyper, noise_id=index,
+                first_block_size=case.first_block, second_block_size=case.second_block, param_dtype=case.param,
+                grad_dtype=case.grad, first_format=FORMATS[case.first], second_format=FORMATS[case.second],
+            )  # fmt: skip
+            chunks += [(index, part) for part in range(count)]
+        self.tensor_table = library.upload(self.tensors)
+        self.chunk_table = library.upload((Chunk * len(chunks))(*chunks))
+        self.chunk_count = len(chunks)
+
+    def batch(self, hypers: list[Hyper]) -> Batch:
+        self.hyper_table = self.library.upload((Hyper * len(hypers))(*hypers))
+        return Batch(
+            tensors=self.tensor_table.data_ptr(),
+            chunks=self.chunk_table.data_ptr(),
+            hypers=self.hyper_table.data_ptr(),
+            tensor_count=len(self.cases),
+            chunk_count=self.chunk_count,
+            hyper_count=len(hypers),
+        )
+
+    def step(self, hypers: list[Hyper], grads: list[torch.Tensor]) -> None:
+        for arrays, grad in zip(self.arrays, grads, strict=True):
+            arrays["grad"].copy_(grad.view(torch.uint8))
+        self.library.run("a8_adam", self.batch(hypers))
+
+
+def hyper(
+    step: int,
+    lr: float = 1e-3,
+    wd: float = 1e-2,
+    eps: float = 1e-8,
+    beta2: float = 0.999,
+    flags: int = Flag.STOCHASTIC_STATE,
+) -> Hyper:
+    return Hyper(
+        lr=lr, beta1=0.9, beta2=beta2, one_minus_beta1=1 - 0.9, one_minus_beta2=1 - beta2, eps=eps, weight_decay=wd,
+        bias1=1 / (1 - 0.9**step), bias2=1 / (1 - beta2**step) ** 0.5, flags=flags,
+        seed_low=12345, seed_high=678, step=step,
+    )  # fmt: skip
+
+
+def hypers_of(step: int) -> list[Hyper]:
+    """Ordinary, then every flag, then rules outside the ranges of the fast path."""
+    state, write = Flag.STOCHASTIC_STATE, Flag.STOCHASTIC_WRITE
+    return [
+        hyper(step),
+        hyper(step, flags=state | write | Flag.MAXIMIZE),
+        hyper(step, flags=Flag.L2_DECAY, wd=0.1),
+        hyper(step, flags=state | write | Flag.L2_DECAY | Flag.MAXIMIZE, wd=0.1),
+        hyper(step, eps=0.0),
+        hyper(step, eps=1e-30, lr=3.0, beta2=0.9),
+        hyper(step, lr=0.0, flags=write),
+    ]
+
+
+def cases() -> list[Case]:
+    f32, bf16, f16 = Dtype.F32, Dtype.BF16, Dtype.F16
+    sizes = (1, 2, 31, 33, 127, 128, 129, 256, 257, 4095, 4097, 16383, 16384, 16385, 32768, 65536, 70001)
+    found = [Case(n, p, p, hyper=0) for n in sizes for p in (f32, bf16, f16)]
+    for p, g in itertools.product((f32, bf16, f16), repeat=2):
+        found += [Case(20000 + 480, p, g, hyper=h, skew=s) for h in range(7) for s in (0, 1)]
+    for first, second in itertools.product(("int8", "nf4", "bf16", "f32"), ("log8", "f32")):
+        found += [Case(n, p, p, first, second, hyper=h) for n in (1, 777, 16640) for p in (f32, bf16) for h in (0, 3)]
+        found += [Case(n, bf16, f32, first, second, b, b) for n in (5000, 16384) for b in (32, 64, 256, 1024, 4096)]
+        found += [Case(9999, bf16, bf16, first, second, a, b) for a, b in ((32, 4096), (2048, 64), (128, 256))]
+    # Scales that leave the fast path's ranges in some blocks, and gradients that overflow or are lost.
+    for p, scale in itertools.product((f32, bf16), (1e-12, 1e-18, 1e-25, 1e-36, 1e6, 1e18)):
+        found += [Case(16384, p, p, scale=scale, hyper=h) for h in (0, 2)]
+    return found
+
+
+def gradient(case: Case, generator: torch.Generator, step: int) -> torch.Tensor:
+    """Blocks of very different sizes, some all zero; the last steps of the largest scales hold infinities and NaN."""
+    blocks = -(-case.numel // 64)
+    spread = torch.exp(2 * torch.randn(blocks, 1, generator=generator)) * case.scale
+    spread[torch.rand(blocks, 1, generator=generator) < 0.1] = 0
+    g = (torch.randn(blocks, 64, generator=generator) * spread).flatten()[: case.numel].clone()
+    if case.scale == 1e18 and step > 90 and case.numel > 5000:
+        g[3000], g[5000] = float("inf"), float("nan")
+    return g.to(TORCH[case.grad])
+
+
+def differences(case: Case, name: str, a: torch.Tensor, b: torch.Tensor) -> int:
+    """Bytes that differ; two NaN parameters count as equal, whatever their payloads and signs."""
+    wide = {"param": case.param, "first": Dtype.F32, "second": Dtype.F32, "first_block": Dtype.F32}
+    fmt = case.first if name == "first" else case.second if name == "second" else ""
+    differ = a != b
+    if differ.any() and (name in ("param", "first_block") or fmt in ("f32", "bf16")):
+        dtype = torch.bfloat16 if fmt == "bf16" else TORCH[wide[name]]
+        both = a.clone().view(dtype).isnan() & b.clone().view(dtype).isnan()
+        differ &= ~both.repeat_interleave(dtype.itemsize)
+    return int(differ.sum())
+
+
+def check_adam(cpu: Library, cuda: Library, steps: int) -> int:
+    generator = torch.Generator().manual_seed(0)
+    todo = cases()
+    params = []
+    for case in todo:
+        p = torch.randn(case.numel, generator=generator) * 0.02
+        p[torch.rand(case.numel, generator=generator) < 0.2] = 0
+        p[torch.rand(case.numel, generator=generator) < 0.1] *= -1  # -0 too
+        params.append(p.to(TORCH[case.param]))
+    runs = [Run(library, todo, params) for library in (cpu, cuda)]
+    for step in range(1, steps + 1):
+        grads = [gradient(case, generator, step) for case in todo]
+        for run in runs:
+            run.step(hypers_of(step), grads)
+        torch.cuda.synchronize()
+    wrong = 0
+    for case, a, b in zip(todo, runs[0].arrays, runs[1].arrays, strict=True):
+        for name in ARRAYS:
+            count = differences(case, name, a[name], b[name].cpu())
+            if count:
+                wrong += 1
+                if wrong <= 12:
+                    print(f"DIFFERENT {name}: {count} of {a[name].numel()} bytes in {case}")
+    elements = sum(case.numel for case in todo)
+    print(f"adam: {len(todo)} tensors, {elements} elements, {steps} steps: {wrong} arrays differ", flush=True)
+    return wrong
+
+
+def check_codec(cpu: Library, cuda: Library) -> int:
+    generator = torch.Generator().manual_seed(1)
+    wrong = count = 0
+    formats = (Format.INT8, Format.NF4, Format.LOG8)
+    for fmt, dtype, block, n, stochastic in itertools.product(
+        formats, Dtype, (32, 128, 4096), (1, 127, 4097, 40001), (0, 1)
+    ):
+        x = torch.randn(n, generator=generator) * torch.exp(4 * torch.randn(n, generator=generator))
+        x = (x * x if fmt is Format.LOG8 else x).to(TORCH[dtype])
+        results = []
+        for library in (cpu, cuda):
+            values, back = x.to(library.device), torch.zeros(n, dtype=TORCH[dtype], device=library.device)
+            codes = torch.zeros((n + 1) // 2 if fmt is Format.NF4 else n, dtype=torch.uint8, device=library.device)
+            headers = torch.zeros(-(-n // block) * 2, dtype=torch.int32, device=library.device)
+            for entry, array in (("a8_quantize", values), ("a8_dequantize", back)):
+                library.run(entry, Codec(
+                    values=array.data_ptr(), codes=codes.data_ptr(), blocks=headers.data_ptr(), numel=n,
+                    block_size=block, stochastic=stochastic, seed_low=7, seed_high=8, dtype=dtype, format=fmt,
+                ))  # fmt: skip
+            results.append([t.cpu().view(torch.uint8) for t in (codes, headers, back)])
+        count += 1
+        if any(not torch.equal(a, b) for a, b in zip(*results, strict=True)):
+            wrong += 1
+            print(f"DIFFERENT codec {fmt!r} {dtype!r} block {block} n {n} stochastic {stochastic}")
+    print(f"codec: {count} cases: {wrong} differ", flush=True)
+    return wrong
+
+
+def check_large(cuda: Library) -> int:
+    """More than 2^31 elements: the last block of one array must be quantised as it is alone."""
+    n, tail = 2**31 + 128, 128
+    x = torch.zeros(n, dtype=torch.bfloat16, device=cuda.device)
+    x[-tail:] = torch.randn(tail, device=cuda.device).bfloat16()
+    results = []
+    for values in (x, x[-tail:].clone()):
+        codes = torch.full((values.numel(),), 9, dtype=torch.uint8, device=cuda.device)
+        headers = torch.zeros(values.numel() // 128, dtype=torch.int32, device=cuda.device)
+        cuda.run("a8_quantize", Codec(
+            values=values.data_ptr(), codes=codes.data_ptr(), blocks=headers.data_ptr(), numel=values.numel(),
+            block_size=128, dtype=Dtype.BF16, format=Format.INT8,
+        ))  # fmt: skip
+        results.append((codes[-tail:].cpu(), headers[-1:].cpu(), int(codes[:-tail].count_nonzero())))
+    same = torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    wrong = not same or results[0][2] != 0
+    print(f"large: {n} elements: {'WRONG' if wrong else 'ok'}", flush=True)
+    return int(wrong)
+
+
+def tinyllama() -> list[int]:
+    layer = [2048 * 2048, 256 * 2048, 256 * 2048, 2048 * 2048, 5632 * 2048, 5632 * 2048, 2048 * 5632, 2048, 2048]
+    return [32000 * 2048, *layer * 22, 2048, 32000 * 2048]
+
+
+def lora() -> list[int]:
+    return [16 * 4096] * (32 * 7 * 2)
+
+
+def vit_s() -> list[int]:
+    layer = [1152 * 384, 1152, 384 * 384, 384, 1536 * 384, 1536, 384 * 1536] + [384] * 5
+    return [384 * 768, 197 * 384, 384, *layer * 12, 1000 * 384, 1000]
+
+
+def median_ms(call, repeats: int) -> float:
+    for _ in range(4):
+        call()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        times.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in times)
+
+
+def time_set(
+    name: str, sizes: list[int], dtype: Dtype, libraries: list[Library], bandwidth: float, repeats: int
+) -> dict:
+    def case(n: int) -> Case:
+        quantised = n >= 4096
+        return Case(n, dtype, dtype, "int8" if quantised else "f32", "log8" if quantised else "f32")
+
+    todo = [case(n) for n in sizes]
+    total = sum(sizes)
+    row: dict = {"set": name, "dtype": dtype.name, "tensors": len(sizes), "params": total}
+    moved = sum(2 * sum(c.sizes().values()) - c.sizes()["grad"] for c in todo)
+    row["bytes_per_param"] = moved / total
+    row["floor_ms"] = moved / bandwidth * 1e3
+    flat_p = (torch.randn(total, device="cuda") * 0.02).to(TORCH[dtype])
+    flat_g = (torch.randn(total, device="cuda") * 1e-3).to(TORCH[dtype])
+    for library in libraries:
+        run = Run(library, todo, list(flat_p.split(sizes)))
+        for arrays, grad in zip(run.arrays, flat_g.split(sizes), strict=True):
+            arrays["grad"].copy_(grad.view(torch.uint8))
+        for flags, label in ((Flag.STOCHASTIC_STATE, ""), (Flag.STOCHASTIC_STATE | Flag.STOCHASTIC_WRITE, " write")):
+            if label and dtype is Dtype.F32:
+                continue
+            batch = run.batch([hyper(100, flags=flags)])
+            ms = median_ms(lambda batch=batch, library=library: library.run("a8_adam", batch), repeats)
+            row[Path(library.path).stem.removeprefix("liba8multi_") + label] = ms
+        start = time.perf_counter()
+        for _ in range(20):
+            library.run("a8_adam", batch)
+        row["host_ms"] = (time.perf_counter() - start) / 20 * 1e3
+        torch.cuda.synchronize()
+        del run, arrays
+    params = [torch.nn.Parameter(p.clone()) for p in flat_p.split(sizes)]
+    for p, g in zip(params, flat_g.split(sizes), strict=True):
+        p.grad = g.clone()
+    optimizer = torch.optim.AdamW(params, fused=True)
+    row["torch_fused"] = median_ms(optimizer.step, max(repeats // 2, 5))
+    return row
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a plain copy of 4 GiB."""
+    a = torch.randint(0, 255, (2**32,), dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.numel() / median_ms(lambda: b.copy_(a), 15) * 1e3
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cpu", help="liba8multi_cpu to compare with; without it nothing is compared")
+    parser.add_argument("--cuda", nargs="+", required=True, help="liba8multi_cuda; further ones are only timed")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--only", default="", help="time the sets whose name and type contain this, as in vit-s/F32")
+    parser.add_argument("--no-timing", action="store_true")
+    parser.add_argument("--json", help="where to write the timings")
+    options = parser.parse_args()
+    libraries = [Library(path, "cuda:0") for path in options.cuda]
+    info = libraries[0].info
+    built = f"library {info.version.decode()} for {info.architectures.decode()}"
+    print(torch.cuda.get_device_name(0), "torch", torch.__version__, built)
+    wrong = 0
+    if options.cpu:
+        cpu = Library(options.cpu, "cpu")
+        wrong += check_codec(cpu, libraries[0])
+        wrong += check_adam(cpu, libraries[0], options.steps)
+        wrong += check_large(libraries[0])
+    if not options.no_timing:
+        bandwidth = copy_bandwidth()
+        print(f"copy {bandwidth / 1e12:.3f} TB/s")
+        sets = [("tinyllama-1.1b", tinyllama(), Dtype.BF16), ("tinyllama-1.1b", tinyllama(), Dtype.F32),
+                ("lora-r16-7b", lora(), Dtype.BF16), ("vit-s", vit_s(), Dtype.F32)]  # fmt: skip
+        rows = []
+        for name, sizes, dtype in sets:
+            if options.only not in f"{name}/{dtype.name}":
+                continue
+            rows.append(time_set(name, sizes, dtype, libraries, bandwidth, options.repeats))
+            cells = (f"{k} {v:.3f}" if isinstance(v, float) else str(v) for k, v in rows[-1].items())
+            print("  ".join(cells), flush=True)
+        if options.json:
+            Path(options.json).write_text(json.dumps({"copy": bandwidth, "rows": rows}, indent=1))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
