@@ -1,36 +1,20 @@
 // The C entries of the CPU library: check every argument, choose the kernels, run. Nothing is written before all of a
 // batch has been checked. Declarations and their promises: a8/abi.h.
-#include <cstdarg>
-#include <cstdio>
-#include <cstring>
+#include "a8/entry.h"
+
 #include <exception>
 #include <new>
 
-#include "a8/geometry.h"
 #include "dispatch.h"
 #include "parallel.h"
 #include "probe.h"
 
-static_assert(A8_CHUNK % A8_MAX_BLOCK == 0, "a block never crosses a chunk");
-static_assert(A8_TILE_COLS % A8_LANES == 0 && A8_CHUNK % A8_LANES == 0, "accumulators restart at a tile");
-static_assert(sizeof(a8_tensor) == 144 && sizeof(a8_hyper) == 72, "no hidden padding");
-
 namespace {
-
-thread_local char message[512];
-
-int32_t fail(int32_t status, const char* format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  vsnprintf(message, sizeof message, format, arguments);
-  va_end(arguments);
-  return status;
-}
 
 // The guard around every entry: no exception crosses the boundary.
 template <typename F>
 int32_t guarded(F body) noexcept {
-  message[0] = 0;
+  a8_message[0] = 0;
   try {
     return body();
   } catch (const std::bad_alloc&) {
@@ -42,10 +26,6 @@ int32_t guarded(F body) noexcept {
   }
 }
 
-bool quantised(uint8_t format) { return format == A8_INT8 || format == A8_NF4 || format == A8_LOG8; }
-bool aligned(const void* pointer, uintptr_t to) { return reinterpret_cast<uintptr_t>(pointer) % to == 0; }
-bool good_block(uint32_t size) { return size >= A8_MIN_BLOCK && size <= A8_MAX_BLOCK && (size & (size - 1)) == 0; }
-uintptr_t dtype_bytes(uint8_t dtype) { return dtype == A8_F32 ? 4 : 2; }
 uintptr_t state_alignment(uint8_t format) { return quantised(format) ? 1 : format == A8_STATE_BF16 ? 2 : 4; }
 
 int32_t check_moment(uint32_t i, const char* name, uint8_t format, const void* codes, const void* headers,
@@ -149,17 +129,8 @@ int32_t no_such_isa(const a8_exec* exec) {
 uint32_t threads_of(const a8_exec* exec) { return exec->threads ? exec->threads : 1; }
 
 int32_t run_codec(a8_exec* exec, const a8_codec* codec, bool quantize) {
-  if (!exec || !codec) return fail(A8_ERROR_ARGUMENT, "exec or codec is null");
+  if (int32_t status = check_codec(exec, codec)) return status;
   if (codec->numel == 0) return A8_OK;
-  if (codec->numel < 0 || !codec->values || !codec->codes || !codec->blocks ||
-      !aligned(codec->values, dtype_bytes(codec->dtype)) || !aligned(codec->blocks, 4))
-    return fail(A8_ERROR_ARGUMENT, "values, codes or blocks is null, misaligned, or numel %lld is negative",
-                (long long)codec->numel);
-  if (!quantised(codec->format) || codec->dtype > A8_F16)
-    return fail(A8_ERROR_UNSUPPORTED, "format %u or dtype %u", codec->format, codec->dtype);
-  if (!good_block(codec->block_size))
-    return fail(A8_ERROR_ARGUMENT, "block_size %u is not a power of two from %d to %d", codec->block_size, A8_MIN_BLOCK,
-                A8_MAX_BLOCK);
   int64_t chunks = (codec->numel + A8_CHUNK - 1) / A8_CHUNK;
   if (chunks > 0xffffffffLL) return fail(A8_ERROR_UNSUPPORTED, "numel %lld is too large", (long long)codec->numel);
   const a8_kernels* kernels = choose(exec);
@@ -171,29 +142,12 @@ int32_t run_codec(a8_exec* exec, const a8_codec* codec, bool quantize) {
 
 }  // namespace
 
-A8_EXPORT const char* a8_last_error(void) { return message; }
-
 A8_EXPORT int32_t a8_get_info(a8_info* info) {
   return guarded([&] {
-    if (!info) return fail(A8_ERROR_ARGUMENT, "info is null");
-    memset(info, 0, sizeof *info);
-    info->abi_version = A8_ABI_VERSION;
-    info->ops = A8_OP_CODEC | A8_OP_ADAM | A8_OP_ADAFACTOR;
-    info->sizeof_info = sizeof(a8_info);
-    info->sizeof_exec = sizeof(a8_exec);
-    info->sizeof_hyper = sizeof(a8_hyper);
-    info->sizeof_tensor = sizeof(a8_tensor);
-    info->sizeof_chunk = sizeof(a8_chunk);
-    info->sizeof_batch = sizeof(a8_batch);
-    info->sizeof_codec = sizeof(a8_codec);
-    info->chunk = A8_CHUNK;
-    info->tile_rows = A8_TILE_ROWS;
-    info->tile_cols = A8_TILE_COLS;
+    if (int32_t status = fill_info(info, "cpu", A8_OP_CODEC | A8_OP_ADAM | A8_OP_ADAFACTOR)) return status;
     info->isa_built = a8_isa_built();
     info->isa_usable = a8_isa_usable();
     info->isa_best = a8_isa_best();
-    snprintf(info->backend, sizeof info->backend, "cpu");
-    snprintf(info->version, sizeof info->version, "%s", A8_VERSION);
     return (int32_t)A8_OK;
   });
 }

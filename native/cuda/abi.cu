@@ -3,35 +3,16 @@
 // promise. Declarations and their promises: a8/abi.h.
 #include <cuda_runtime_api.h>
 
-#include <cstdarg>
-#include <cstdio>
-#include <cstring>
-
+#include "a8/entry.h"
 #include "kernels/adam.cuh"
 #include "kernels/codec.cuh"
 
-#ifndef A8_VERSION
-#define A8_VERSION "unknown"
-#endif
 #ifndef A8_ARCHITECTURES
 #define A8_ARCHITECTURES "unknown"
 #endif
 
-static_assert(A8_CHUNK % A8_MAX_BLOCK == 0, "a span never crosses a chunk");
 static_assert(A8_CHUNK / A8_UNIT <= 64, "the units of a chunk are the bits of one word");
-static_assert(sizeof(a8_tensor) == 144 && sizeof(a8_hyper) == 72, "no hidden padding");
-
 namespace {
-
-thread_local char message[512];
-
-int32_t fail(int32_t status, const char* format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  vsnprintf(message, sizeof message, format, arguments);
-  va_end(arguments);
-  return status;
-}
 
 // cudaErrorNoKernelImageForDevice and its like mean that the library, not the call, is at fault.
 int32_t fail_device(const a8_exec* exec, const char* what, cudaError_t error) {
@@ -76,24 +57,6 @@ int32_t on_device(a8_exec* exec, const char* what, F launch) {
   return error == cudaSuccess ? (int32_t)A8_OK : fail_device(exec, what, error);
 }
 
-bool aligned(const void* pointer, uintptr_t to) { return reinterpret_cast<uintptr_t>(pointer) % to == 0; }
-bool good_block(uint32_t size) { return size >= A8_MIN_BLOCK && size <= A8_MAX_BLOCK && (size & (size - 1)) == 0; }
-
-int32_t check_codec(const a8_exec* exec, const a8_codec* codec) {
-  if (!exec || !codec) return fail(A8_ERROR_ARGUMENT, "exec or codec is null");
-  if (codec->numel == 0) return A8_OK;
-  if (codec->dtype > A8_F16 || (codec->format != A8_LOG8 && codec->format != A8_INT8 && codec->format != A8_NF4))
-    return fail(A8_ERROR_UNSUPPORTED, "format %u or dtype %u", codec->format, codec->dtype);
-  if (codec->numel < 0 || !codec->values || !codec->codes || !codec->blocks ||
-      !aligned(codec->values, codec->dtype == A8_F32 ? 4 : 2) || !aligned(codec->blocks, 4))
-    return fail(A8_ERROR_ARGUMENT, "values, codes or blocks is null, misaligned, or numel %lld is negative",
-                (long long)codec->numel);
-  if (!good_block(codec->block_size))
-    return fail(A8_ERROR_ARGUMENT, "block_size %u is not a power of two from %d to %d", codec->block_size, A8_MIN_BLOCK,
-                A8_MAX_BLOCK);
-  return A8_OK;
-}
-
 // Blocks of threads for `units` of work, `per_block` at a time: at most enough to fill any device a few times over.
 uint32_t grid_for(int64_t units, int64_t per_block) {
   int64_t blocks = (units + per_block - 1) / per_block;
@@ -101,7 +64,7 @@ uint32_t grid_for(int64_t units, int64_t per_block) {
 }
 
 int32_t run_codec(a8_exec* exec, const a8_codec* codec, bool quantize) {
-  message[0] = 0;
+  a8_message[0] = 0;
   if (int32_t status = check_codec(exec, codec)) return status;
   if (codec->numel == 0) return A8_OK;
   return on_device(exec, quantize ? "quantising" : "dequantising", [&](cudaStream_t stream) {
@@ -141,27 +104,10 @@ int32_t check_batch(const a8_exec* exec, const a8_batch* batch) {
 
 }  // namespace
 
-A8_EXPORT const char* a8_last_error(void) { return message; }
-
 A8_EXPORT int32_t a8_get_info(a8_info* info) {
-  message[0] = 0;
-  if (!info) return fail(A8_ERROR_ARGUMENT, "info is null");
-  memset(info, 0, sizeof *info);
-  info->abi_version = A8_ABI_VERSION;
-  info->ops = A8_OP_CODEC | A8_OP_ADAM;
-  info->sizeof_info = sizeof(a8_info);
-  info->sizeof_exec = sizeof(a8_exec);
-  info->sizeof_hyper = sizeof(a8_hyper);
-  info->sizeof_tensor = sizeof(a8_tensor);
-  info->sizeof_chunk = sizeof(a8_chunk);
-  info->sizeof_batch = sizeof(a8_batch);
-  info->sizeof_codec = sizeof(a8_codec);
-  info->chunk = A8_CHUNK;
-  info->tile_rows = A8_TILE_ROWS;
-  info->tile_cols = A8_TILE_COLS;
+  a8_message[0] = 0;
+  if (int32_t status = fill_info(info, "cuda", A8_OP_CODEC | A8_OP_ADAM)) return status;
   info->toolkit = CUDART_VERSION;
-  snprintf(info->backend, sizeof info->backend, "cuda");
-  snprintf(info->version, sizeof info->version, "%s", A8_VERSION);
   snprintf(info->architectures, sizeof info->architectures, "%s", A8_ARCHITECTURES);
   return A8_OK;
 }
@@ -171,7 +117,7 @@ A8_EXPORT int32_t a8_quantize(a8_exec* exec, const a8_codec* codec) { return run
 A8_EXPORT int32_t a8_dequantize(a8_exec* exec, const a8_codec* codec) { return run_codec(exec, codec, false); }
 
 A8_EXPORT int32_t a8_adam(a8_exec* exec, const a8_batch* batch) {
-  message[0] = 0;
+  a8_message[0] = 0;
   if (int32_t status = check_batch(exec, batch)) return status;
   if (batch->chunk_count == 0) return A8_OK;
   return on_device(exec, "the Adam step", [&](cudaStream_t stream) {
@@ -182,7 +128,7 @@ A8_EXPORT int32_t a8_adam(a8_exec* exec, const a8_batch* batch) {
 }
 
 A8_EXPORT int32_t a8_adafactor(a8_exec* exec, const a8_batch* batch, uint32_t phases) {
-  message[0] = 0;
+  a8_message[0] = 0;
   (void)exec, (void)batch, (void)phases;
   return fail(A8_ERROR_UNSUPPORTED, "this CUDA library has no Adafactor; choose another backend for these parameters");
 }
