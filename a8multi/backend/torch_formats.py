@@ -160,21 +160,20 @@ def encode_log8(x: Tensor, block_size: int, offsets: Tensor | None) -> tuple[Ten
     high = bits.amax(1)
     # Where a block has nothing but zeros its smallest value stays at the filling.
     low = bits.masked_fill(bits == 0, _LOG8_INFINITY + 1).amin(1)
-    low.masked_fill_(low > _LOG8_INFINITY, 0).bitwise_and_(-0x10000)
-    units = (high - low + 254 * 256 - 1).div_(254 * 256, rounding_mode="floor").clamp_(min=1)
-    step = units * 256
+    low.masked_fill_(low > _LOG8_INFINITY, 0)
+    step = (high - low + 253).div_(254, rounding_mode="floor").clamp_(min=1)
     origin = low.masked_fill(low == 0, 0x40000000)
     inverse = div(constant(1.0, x), step.to(torch.float32))
     position = (bits - origin[:, None]).to(torch.float32).mul_(inverse[:, None])
     # 1 + a fraction: 1.5 rounds to nearest; noise is spread over [1, 2).
     position.add_(1.5 if offsets is None else _in_blocks(offsets, block_size))
     codes = position.to(torch.int32).clamp_(0, 255).to(torch.uint8)
-    return codes.view(-1)[: x.numel()], low | units
+    return codes.view(-1)[: x.numel()], torch.stack((low, step), dim=1)
 
 
 def decode_log8(codes: Tensor, blocks: Tensor, block_size: int, count: int) -> Tensor:
     code = _in_blocks(codes, block_size).to(torch.int32)
-    low, step = (blocks & -0x10000)[:, None], ((blocks & 0xFFFF) * 256)[:, None]
+    low, step = blocks[:, :1], blocks[:, 1:]
     bits = code * step
     bits.add_(low - step).masked_fill_(code == 0, 0)
     return bits.view(torch.float32).view(-1)[:count]

@@ -28,19 +28,13 @@ def bits_of(values: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def log8_header(values: NDArray[np.float32]) -> tuple[int, int]:
-    """(lo, step): bits of the smallest non-zero value cut to a multiple of 2^16; the least positive multiple of 256 of
-    which 254 reach from there to the largest."""
+    """(lo, step): bits of the smallest non-zero value; the least step >= 1 of which 254 reach the largest."""
     present = [int(bits) for bits in bits_of(values) if bits > 0]
     if not present:
-        return 0, 256
-    lo, hi = min(present) // 65536 * 65536, max(present)
-    step = next(256 * k for k in range(1, 32769) if lo + 254 * 256 * k >= hi)
+        return 0, 1
+    lo, hi = min(present), max(present)
+    step = next(step for step in range(max(1, (hi - lo) // 254), (hi - lo) // 254 + 2) if lo + 254 * step >= hi)
     return lo, step
-
-
-def log8_word(lo: int, step: int) -> int:
-    """The header as it is stored."""
-    return lo + step // 256
 
 
 def log8_levels(lo: int, step: int) -> list[int]:

@@ -109,7 +109,7 @@ typedef struct a8_hyper {
 
 // One parameter with its gradient and state, all contiguous. Not used: null.
 // first: int8 [numel], nf4 uint8 [ceil(numel / 2)], float32 or bfloat16 [numel]; first_block: float32 [blocks].
-// second: log8 uint8 [numel] with second_block uint32 [blocks], or float32 [numel]; FACTORED: float32 row means [rows],
+// second: log8 uint8 [numel] with second_block int32 [blocks, 2], or float32 [numel]; FACTORED: float32 row means [rows],
 // second_block float32 column means [cols], and partial sums at the *_at offsets (in floats) of the scratch.
 typedef struct a8_tensor {
   void* param;

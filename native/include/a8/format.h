@@ -4,8 +4,7 @@
 
 #include "math.h"
 
-// --- log8: a positive float's bits are its piecewise-linear logarithm. Block header: one word, ---
-// lo in its high half (the smallest value's bits, cut to a multiple of 2^16) and step / 256 in its low half.
+// --- log8: a positive float's bits are its piecewise-linear logarithm. Block header: {lo, step}. ---
 // Code 0 is zero; code c >= 1 is the float whose bits are lo + (c - 1) * step. Subnormals, negatives count as zero and
 // NaN as infinity, so that the header is the same integers whatever a processor does with them.
 
@@ -24,20 +23,13 @@ A8_FN int32_t a8_log8_bits(float x) {
 // For the minimum over non-zero values: zero wraps to the largest unsigned.
 A8_FN uint32_t a8_log8_low_key(int32_t bits) { return (uint32_t)bits - 1u; }
 
-// From the smallest a8_log8_low_key and the largest bits of a block. An all-zero block has lo 0.
-A8_FN int32_t a8_log8_lo(uint32_t low_key) {
-  return low_key == 0xffffffffu ? 0 : (int32_t)((low_key + 1u) & 0xffff0000u);
-}
+// From the smallest a8_log8_low_key and the largest bits of a block. An all-zero block is {0, 1}.
+A8_FN int32_t a8_log8_lo(uint32_t low_key) { return low_key == 0xffffffffu ? 0 : (int32_t)(low_key + 1u); }
 
-// The least multiple of 256 of which 254 reach from lo to hi; 256 at least.
 A8_FN int32_t a8_log8_step(int32_t lo, int32_t hi) {
-  int32_t units = (int32_t)(((uint32_t)(hi - lo) + 254u * 256u - 1u) / (254u * 256u));
-  return units < 1 ? 256 : units * 256;
+  int32_t step = (int32_t)(((uint32_t)(hi - lo) + 253u) / 254u);
+  return step < 1 ? 1 : step;
 }
-
-A8_FN uint32_t a8_log8_header(int32_t lo, int32_t step) { return (uint32_t)lo | (uint32_t)step >> 8; }
-A8_FN int32_t a8_log8_header_lo(uint32_t header) { return (int32_t)(header & 0xffff0000u); }
-A8_FN int32_t a8_log8_header_step(uint32_t header) { return (int32_t)(header << 8 & 0xffff00u); }
 
 // What the encoder subtracts: lo, except that the zeros of an all-zero block (lo = 0) must lie far below it.
 A8_FN int32_t a8_log8_origin(int32_t lo) { return lo == 0 ? 0x40000000 : lo; }
