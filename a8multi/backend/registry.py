@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from a8multi import settings
-from a8multi.errors import A8MultiError, BackendUnavailable
+from a8multi.errors import A8MultiError, BackendUnavailable, LibraryError, LibraryNotFound, SettingError
 
 from .base import Backend, BackendReport
 
@@ -74,6 +74,13 @@ def _refusal(entry: _Entry, device: torch.device, op: str) -> str | None:
         return f"it serves {' and '.join(entry.devices)} tensors, not {device.type}"
     try:
         report = _load(entry).report()
+    except SettingError:
+        raise
+    except LibraryError as error:
+        # A library that the user named must load: another backend in its place would hide that it does not.
+        if settings.library_path() and not isinstance(error, LibraryNotFound):
+            raise
+        return str(error)
     except A8MultiError as error:
         return str(error)
     return None if op in report.ops else f"it does not offer {op} (it offers {', '.join(report.ops)})"
@@ -172,8 +179,11 @@ def explain() -> str:
         facts = [report.version and f"version {report.version}", report.detail, report.path]
         lines.append(f"  {report.name:6} {state}: " + ", ".join(str(fact) for fact in facts if fact))
         lines.extend(f"         {line}" for line in report.reason.splitlines())
-    forced = _forced()
-    lines.append(f"Choice: {'forced to ' + ', '.join(forced) if forced else 'automatic'}")
+    try:
+        forced = _forced()
+        lines.append(f"Choice: {'forced to ' + ', '.join(forced) if forced else 'automatic'}")
+    except SettingError as error:
+        lines.append(f"Choice: none. {error}")
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         for op in ("adam", "adafactor", "codec"):
             try:

@@ -114,9 +114,9 @@ template <int kParamBytes, int kGradBytes>
 struct a8_fast_stage {
   uint4 param[kParamBytes / 2][A8_THREADS];
   uint4 grad[kGradBytes / 2][A8_THREADS];
-  uint4 codes[A8_THREADS];      // first, then second moment
-  uint32_t header[A8_THREADS];  // of the second moment
-  float scale[A8_THREADS];      // of the first
+  uint4 codes[A8_THREADS];  // first, then second moment
+  int2 header[A8_THREADS];  // of the second moment: lo, step
+  float scale[A8_THREADS];  // of the first
 };
 
 // Units that a warp loads ahead: enough bytes in flight to keep the memory busy.
@@ -158,7 +158,7 @@ struct a8_fast {
       a8_copy<8 / kRuns>(codes + 4 * run, at.first + run * (A8_FAST_BLOCK / 2));
       a8_copy<8 / kRuns>(codes + 8 + 4 * run, at.second + run * (A8_FAST_BLOCK / 2));
     }
-    a8_copy<4>(&stage->header[threadIdx.x], at.second_block);
+    a8_copy<8>(&stage->header[threadIdx.x], at.second_block);
     a8_copy<4>(&stage->scale[threadIdx.x], at.first_block);
   }
 
@@ -178,7 +178,7 @@ struct a8_fast {
     at->first += strides * kStride;
     at->second += strides * kStride;
     at->first_block += strides * kStride / A8_FAST_BLOCK * 4;
-    at->second_block += strides * kStride / A8_FAST_BLOCK * 4;
+    at->second_block += strides * kStride / A8_FAST_BLOCK * 8;
   }
 
   // The noise word of elements (i, i + 1). pair: the lane's first pair in the stretch.
@@ -225,26 +225,23 @@ struct a8_fast {
   }
 
   static __device__ __forceinline__ void store_second(const a8_adam_job& job, const a8_fast_place& at, uint32_t pair,
-                                                      const float* v, int32_t origin, float inverse_step) {
-    float position[8];
+                                                      const float* v, int32_t origin, int32_t block_step,
+                                                      float inverse_step) {
     int32_t code[8];
     uint32_t packed[2];
-    // a8_log8_encode; packing clamps.
-#pragma unroll
-    for (int i = 0; i < 8; ++i) position[i] = (float)((int32_t)a8_bits(v[i]) - origin) * inverse_step;
+    // Packing clamps.
     if (job.flags & A8_STOCHASTIC_STATE) {
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
-        uint32_t word = noise(job.second, pair, i);
-        position[i] = position[i] + a8_offset(word, job.second.turn);
-        position[i + 1] = position[i + 1] + a8_offset(word >> 16, job.second.turn);
+        uint32_t word = noise(job.second, pair, i), turn = job.second.turn;
+        code[i] = a8_log8_draw_finite((int32_t)a8_bits(v[i]), origin, block_step, inverse_step, a8_offset(word, turn));
+        code[i + 1] = a8_log8_draw_finite((int32_t)a8_bits(v[i + 1]), origin, block_step, inverse_step,
+                                          a8_offset(word >> 16, turn));
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) position[i] = position[i] + A8_LOG8_NEAREST;
+      for (int i = 0; i < 8; ++i) code[i] = (int32_t)a8_log8_encode((int32_t)a8_bits(v[i]), origin, inverse_step);
     }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) code[i] = __float2int_rz(position[i]);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       packed[i] = a8_pack_clamped(code[4 * i + 1], code[4 * i], a8_pack_clamped(code[4 * i + 3], code[4 * i + 2], 0u));
@@ -260,8 +257,7 @@ struct a8_fast {
     uint32_t grad[2 * kGradBytes], param[2 * kParamBytes];
     read_values<kGradBytes>(stage->grad, grad);
     uint4 codes = stage->codes[threadIdx.x];
-    uint32_t header = stage->header[threadIdx.x];
-    int32_t old_lo = a8_log8_header_lo(header), old_step = a8_log8_header_step(header);
+    int2 header = stage->header[threadIdx.x];
     float scale = stage->scale[threadIdx.x];
     uint32_t first[2] = {codes.x, codes.y}, second[2] = {codes.z, codes.w};
 #pragma unroll
@@ -281,7 +277,7 @@ struct a8_fast {
       float g = m[i];
       m[i] = a8_int8_decode((int8_t)(first[i / 4] >> (8 * (i % 4))), scale);
       m[i] = rule.beta1 * m[i] + one_minus_beta1 * g;
-      v[i] = a8_log8_decode(__byte_perm(second[i / 4], 0u, 0x4440u + i % 4), old_lo, old_step);
+      v[i] = a8_log8_decode(__byte_perm(second[i / 4], 0u, 0x4440u + i % 4), header.x, header.y);
       v[i] = a8_adam_second(&rule, v[i], g);
       // No m is NaN unless the scale or a v is not finite, which is not ordinary.
       most = fmaxf(most, fabsf(m[i]));
@@ -318,10 +314,10 @@ struct a8_fast {
     store_param(job, to, pair, p);
     store_first(to, m, most_bits == 0 ? 0.0f : a8_exact_div(A8_INT8_LEVELS, most));
     int32_t lo = a8_log8_lo(low), step = a8_log8_step(lo, (int32_t)high);
-    store_second(job, to, pair, v, a8_log8_origin(lo), a8_exact_reciprocal((float)step));
+    store_second(job, to, pair, v, a8_log8_origin(lo), step, a8_exact_reciprocal((float)step));
     if ((threadIdx.x & 15u) == 0) {
       __stcs(reinterpret_cast<float*>(to.first_block), most_bits == 0 ? 0.0f : a8_exact_div_127(most));
-      __stcs(reinterpret_cast<uint32_t*>(to.second_block), a8_log8_header(lo, step));
+      __stcs(reinterpret_cast<int2*>(to.second_block), make_int2(lo, step));
     }
   }
 
@@ -346,7 +342,7 @@ struct a8_fast {
     at.first = static_cast<char*>(t->first) + e;
     at.second = static_cast<char*>(t->second) + e;
     at.first_block = static_cast<char*>(t->first_block) + block * 4;
-    at.second_block = static_cast<char*>(t->second_block) + block * 4;
+    at.second_block = static_cast<char*>(t->second_block) + block * 8;
     Stage* stages = reinterpret_cast<Stage*>(room->bytes);
 #pragma unroll
     for (int i = 0; i < A8_STAGES; ++i) {

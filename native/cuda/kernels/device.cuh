@@ -177,9 +177,8 @@ A8_FN a8_decoder a8_load_header(const void* headers, uint32_t format, int64_t bl
   a8_decoder header;
   bool log8 = format == A8_LOG8;
   header.scale = log8 ? 0.0f : *a8_at<float>(headers, block);
-  uint32_t word = log8 ? *a8_at<uint32_t>(headers, block) : 0u;
-  header.lo = a8_log8_header_lo(word);
-  header.step = a8_log8_header_step(word);
+  header.lo = log8 ? a8_at<int32_t>(headers, 2 * block)[0] : 0;
+  header.step = log8 ? a8_at<int32_t>(headers, 2 * block)[1] : 1;
   return header;
 }
 
@@ -209,21 +208,26 @@ A8_FN void a8_extend(a8_extremes* extremes, uint32_t format, float x) {
   }
 }
 
-// What encoding needs. int8, nf4: inverse, NaN when the block holds no finite maximum. log8: origin and inverse step.
+// What encoding needs. int8, nf4: inverse, NaN when the block holds no finite maximum. log8: origin, step and
+// its inverse.
 typedef struct a8_encoder {
   float inverse;
   int32_t origin;
+  int32_t step;
 } a8_encoder;
 
 // Writes the block's header and returns its encoder.
 A8_FN a8_encoder a8_store_header(void* headers, uint32_t format, int64_t block, const a8_extremes& extremes) {
   a8_encoder encoder;
   encoder.origin = 0;
+  encoder.step = 0;
   if (format == A8_LOG8) {
     int32_t lo = a8_log8_lo(extremes.low);
     int32_t step = a8_log8_step(lo, (int32_t)extremes.high);
     encoder.origin = a8_log8_origin(lo);
-    *a8_at<uint32_t>(headers, block) = a8_log8_header(lo, step);
+    encoder.step = step;
+    a8_at<int32_t>(headers, 2 * block)[0] = lo;
+    a8_at<int32_t>(headers, 2 * block)[1] = step;
     encoder.inverse = a8_div(1.0f, (float)step);
   } else {
     float levels = format == A8_INT8 ? A8_INT8_LEVELS : 1.0f;
@@ -234,8 +238,13 @@ A8_FN a8_encoder a8_store_header(void* headers, uint32_t format, int64_t block, 
   return encoder;
 }
 
+// offset: a8_offset for log8 drawn stochastically, 0 to nearest.
 A8_FN uint32_t a8_encode(uint32_t format, float x, const a8_encoder& encoder, float offset, const float* levels) {
-  if (format == A8_LOG8) return a8_log8_encode(a8_log8_bits(x), encoder.origin, encoder.inverse, offset);
+  if (format == A8_LOG8) {
+    int32_t bits = a8_log8_bits(x);
+    return offset != 0.0f ? a8_log8_draw(bits, encoder.origin, encoder.step, encoder.inverse, offset)
+                          : a8_log8_encode(bits, encoder.origin, encoder.inverse);
+  }
   bool finite = encoder.inverse == encoder.inverse;
   if (format == A8_INT8) return finite ? (uint32_t)a8_int8_encode(x, encoder.inverse) : 0u;
   uint32_t code = 0;
