@@ -165,17 +165,9 @@ def encode_log8(x: Tensor, block_size: int, offsets: Tensor | None) -> tuple[Ten
     origin = low.masked_fill(low == 0, 0x40000000)
     inverse = div(constant(1.0, x), step.to(torch.float32))
     position = (bits - origin[:, None]).to(torch.float32).mul_(inverse[:, None])
-    if offsets is None:
-        codes = position.add_(1.5).to(torch.int32)
-    else:
-        codes = position.add_(1.0).to(torch.int32)
-        below = codes * step[:, None] + (origin - step)[:, None]
-        value = below.view(torch.float32)
-        width = flush_((below + step[:, None]).view(torch.float32) - value)
-        excess = flush_(bits.view(torch.float32) - value)
-        codes += flush_(_in_blocks(offsets, block_size).sub(1.0).mul_(width)) < excess
-        codes.masked_fill_(bits == _LOG8_INFINITY, 255)
-    codes = codes.clamp_(0, 255).to(torch.uint8)
+    # 1 + a fraction: 1.5 rounds to nearest; noise is spread over [1, 2).
+    position.add_(1.5 if offsets is None else _in_blocks(offsets, block_size))
+    codes = position.to(torch.int32).clamp_(0, 255).to(torch.uint8)
     return codes.view(-1)[: x.numel()], torch.stack((low, step), dim=1)
 
 

@@ -225,23 +225,26 @@ struct a8_fast {
   }
 
   static __device__ __forceinline__ void store_second(const a8_adam_job& job, const a8_fast_place& at, uint32_t pair,
-                                                      const float* v, int32_t origin, int32_t block_step,
-                                                      float inverse_step) {
+                                                      const float* v, int32_t origin, float inverse_step) {
+    float position[8];
     int32_t code[8];
     uint32_t packed[2];
-    // Packing clamps.
+    // a8_log8_encode; packing clamps.
+#pragma unroll
+    for (int i = 0; i < 8; ++i) position[i] = (float)((int32_t)a8_bits(v[i]) - origin) * inverse_step;
     if (job.flags & A8_STOCHASTIC_STATE) {
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
-        uint32_t word = noise(job.second, pair, i), turn = job.second.turn;
-        code[i] = a8_log8_draw_finite((int32_t)a8_bits(v[i]), origin, block_step, inverse_step, a8_offset(word, turn));
-        code[i + 1] = a8_log8_draw_finite((int32_t)a8_bits(v[i + 1]), origin, block_step, inverse_step,
-                                          a8_offset(word >> 16, turn));
+        uint32_t word = noise(job.second, pair, i);
+        position[i] = position[i] + a8_offset(word, job.second.turn);
+        position[i + 1] = position[i + 1] + a8_offset(word >> 16, job.second.turn);
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) code[i] = (int32_t)a8_log8_encode((int32_t)a8_bits(v[i]), origin, inverse_step);
+      for (int i = 0; i < 8; ++i) position[i] = position[i] + A8_LOG8_NEAREST;
     }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) code[i] = __float2int_rz(position[i]);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       packed[i] = a8_pack_clamped(code[4 * i + 1], code[4 * i], a8_pack_clamped(code[4 * i + 3], code[4 * i + 2], 0u));
@@ -314,7 +317,7 @@ struct a8_fast {
     store_param(job, to, pair, p);
     store_first(to, m, most_bits == 0 ? 0.0f : a8_exact_div(A8_INT8_LEVELS, most));
     int32_t lo = a8_log8_lo(low), step = a8_log8_step(lo, (int32_t)high);
-    store_second(job, to, pair, v, a8_log8_origin(lo), step, a8_exact_reciprocal((float)step));
+    store_second(job, to, pair, v, a8_log8_origin(lo), a8_exact_reciprocal((float)step));
     if ((threadIdx.x & 15u) == 0) {
       __stcs(reinterpret_cast<float*>(to.first_block), most_bits == 0 ? 0.0f : a8_exact_div_127(most));
       __stcs(reinterpret_cast<int2*>(to.second_block), make_int2(lo, step));

@@ -64,8 +64,8 @@ A8_FN void a8_store_moment(void* state, uint32_t format, int64_t pair, bool both
     a8_store_pair(state, format == A8_STATE_BF16 ? A8_BF16 : A8_F32, pair, both, x, false, 0);
     return;
   }
-  float even = stochastic ? a8_offset(word & 0xffffu, turn) : 0.0f;
-  float odd = stochastic ? a8_offset(word >> 16, turn) : 0.0f;
+  float even = stochastic ? a8_offset(word & 0xffffu, turn) : A8_LOG8_NEAREST;
+  float odd = stochastic ? a8_offset(word >> 16, turn) : A8_LOG8_NEAREST;
   a8_store_codes(state, format, pair, both, a8_encode(format, x.x, encoder, even, levels),
                  a8_encode(format, x.y, encoder, odd, levels));
 }

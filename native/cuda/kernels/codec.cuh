@@ -30,8 +30,8 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS) a8_quantize_kernel(a8_c
       bool both = 2 * pair + 1 < end;
       float2 x = a8_load_pair(c.values, c.dtype, pair, both);
       uint32_t word = c.stochastic ? a8_noise_word(a8_noise_at(key, (uint64_t)pair), 0) : 0u;
-      float even = c.stochastic ? a8_offset(word & 0xffffu, key.turn) : 0.0f;
-      float odd = c.stochastic ? a8_offset(word >> 16, key.turn) : 0.0f;
+      float even = c.stochastic ? a8_offset(word & 0xffffu, key.turn) : A8_LOG8_NEAREST;
+      float odd = c.stochastic ? a8_offset(word >> 16, key.turn) : A8_LOG8_NEAREST;
       a8_store_codes(c.codes, c.format, pair, both, a8_encode(c.format, x.x, encoder, even, levels),
                      a8_encode(c.format, x.y, encoder, odd, levels));
     }

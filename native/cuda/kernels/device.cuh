@@ -208,24 +208,20 @@ A8_FN void a8_extend(a8_extremes* extremes, uint32_t format, float x) {
   }
 }
 
-// What encoding needs. int8, nf4: inverse, NaN when the block holds no finite maximum. log8: origin, step and
-// its inverse.
+// What encoding needs. int8, nf4: inverse, NaN when the block holds no finite maximum. log8: origin and inverse step.
 typedef struct a8_encoder {
   float inverse;
   int32_t origin;
-  int32_t step;
 } a8_encoder;
 
 // Writes the block's header and returns its encoder.
 A8_FN a8_encoder a8_store_header(void* headers, uint32_t format, int64_t block, const a8_extremes& extremes) {
   a8_encoder encoder;
   encoder.origin = 0;
-  encoder.step = 0;
   if (format == A8_LOG8) {
     int32_t lo = a8_log8_lo(extremes.low);
     int32_t step = a8_log8_step(lo, (int32_t)extremes.high);
     encoder.origin = a8_log8_origin(lo);
-    encoder.step = step;
     a8_at<int32_t>(headers, 2 * block)[0] = lo;
     a8_at<int32_t>(headers, 2 * block)[1] = step;
     encoder.inverse = a8_div(1.0f, (float)step);
@@ -238,13 +234,8 @@ A8_FN a8_encoder a8_store_header(void* headers, uint32_t format, int64_t block, 
   return encoder;
 }
 
-// offset: a8_offset for log8 drawn stochastically, 0 to nearest.
 A8_FN uint32_t a8_encode(uint32_t format, float x, const a8_encoder& encoder, float offset, const float* levels) {
-  if (format == A8_LOG8) {
-    int32_t bits = a8_log8_bits(x);
-    return offset != 0.0f ? a8_log8_draw(bits, encoder.origin, encoder.step, encoder.inverse, offset)
-                          : a8_log8_encode(bits, encoder.origin, encoder.inverse);
-  }
+  if (format == A8_LOG8) return a8_log8_encode(a8_log8_bits(x), encoder.origin, encoder.inverse, offset);
   bool finite = encoder.inverse == encoder.inverse;
   if (format == A8_INT8) return finite ? (uint32_t)a8_int8_encode(x, encoder.inverse) : 0u;
   uint32_t code = 0;

@@ -34,27 +34,11 @@ A8_FN int32_t a8_log8_step(int32_t lo, int32_t hi) {
 // What the encoder subtracts: lo, except that the zeros of an all-zero block (lo = 0) must lie far below it.
 A8_FN int32_t a8_log8_origin(int32_t lo) { return lo == 0 ? 0x40000000 : lo; }
 
-// The nearest code to a8_log8_bits(x), by their logarithms. inverse_step = 1 / step. Zero needs no case of its own:
-// lo >= A8_LOG8_SMALLEST >= step puts it a whole step below code 1.
-A8_FN uint32_t a8_log8_encode(int32_t bits, int32_t origin, float inverse_step) {
-  int32_t code = (int32_t)((float)(bits - origin) * inverse_step + 1.5f);
-  code = code < 0 ? 0 : code;
-  return (uint32_t)(code > 255 ? 255 : code);
-}
-
-// One of the two codes around a8_log8_bits(x), drawn so that the expected value is x: the upper one with the probability
-// of x's place between their values. (Its place between their bits would do inside an octave, and carry averages
-// upwards where two codes lie in different ones.) offset: a8_offset. For x finite the code needs no more than clamping.
-A8_FN int32_t a8_log8_draw_finite(int32_t bits, int32_t origin, int32_t step, float inverse_step, float offset) {
-  int32_t code = (int32_t)((float)(bits - origin) * inverse_step + 1.0f);
-  uint32_t below = (uint32_t)(origin - step) + (uint32_t)code * (uint32_t)step;
-  float low = a8_float(below), width = a8_float(below + (uint32_t)step) - low;
-  return code + ((offset - 1.0f) * width < a8_float((uint32_t)bits) - low ? 1 : 0);
-}
-
-A8_FN uint32_t a8_log8_draw(int32_t bits, int32_t origin, int32_t step, float inverse_step, float offset) {
-  int32_t code = a8_log8_draw_finite(bits, origin, step, inverse_step, offset);
-  code = bits == A8_LOG8_INFINITY ? 255 : code;
+// The code of a8_log8_bits(x). offset in [1, 2): A8_LOG8_NEAREST, or uniform for stochastic rounding; inverse_step =
+// 1 / step. Zero needs no case of its own: lo >= A8_LOG8_SMALLEST >= step puts it a whole step below code 1.
+#define A8_LOG8_NEAREST 1.5f
+A8_FN uint32_t a8_log8_encode(int32_t bits, int32_t origin, float inverse_step, float offset) {
+  int32_t code = (int32_t)((float)(bits - origin) * inverse_step + offset);
   code = code < 0 ? 0 : code;
   return (uint32_t)(code > 255 ? 255 : code);
 }
