@@ -12,11 +12,20 @@ from a8multi import settings
 from a8multi.errors import BackendUnavailable
 
 _ISAS = ("neon",) if platform.machine().lower() in {"arm64", "aarch64"} else ("baseline", "avx2", "avx512")
-_CASES = [
-    "torch",
-    *(f"cpu-{isa}" for isa in _ISAS),
-    *(pytest.param(n, marks=pytest.mark.gpu) for n in ("cuda", "cupy")),
-]
+
+
+def _cases() -> list[object]:
+    """All of them, or the one that the environment forces: tox runs the suite once for each."""
+    isa = settings.cpu_isa()
+    if settings.backend() == ("torch",):
+        return ["torch"]
+    if isa != "auto":
+        return [f"cpu-{isa}"]
+    return [
+        "torch",
+        *(f"cpu-{isa}" for isa in _ISAS),
+        *(pytest.param(n, marks=pytest.mark.gpu) for n in ("cuda", "cupy")),
+    ]
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class BackendCase:
             assert backend_for(self.device, "codec").isa_ran == self.isa  # type: ignore[attr-defined]
 
 
-@pytest.fixture(params=_CASES)
+@pytest.fixture(params=_cases())
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[BackendCase]:
     """Forces each backend in turn, the CPU library once for each instruction set.
 

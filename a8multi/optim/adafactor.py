@@ -87,7 +87,7 @@ class Adafactor8bit(LowBitOptimizer):
 
     Differences. From ``torch.optim.Adafactor``: tensors of more than two dimensions are factored as the most compact
     matrix of the same memory order (see ``plan.matrix_shape``), not over their last two dimensions; weight decay is
-    scaled by alpha unless ``scale_weight_decay=False``, and then by rho, which ``relative_step`` bounds, not by lr; eps1
+    scaled by alpha unless ``scale_weight_decay=False``, then by rho, which ``relative_step`` bounds, not by lr; eps1
     is resolved for each parameter. From ``adafactor8bit`` 0.2.4: row and column means are not quantised; the update
     uses the first moment before it is quantised; block sizes are powers of two.
 

@@ -1,0 +1,183 @@
+"""What is not valid is refused with the parameter's name, before anything is written."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from optim.helpers import differences, gradients, parameters, run, snapshot
+
+import a8multi
+
+SHAPES = ((4097,), (65, 300), (129,))
+NAN, INF = math.nan, math.inf
+COMMON: list[tuple[str, Any, str]] = [
+    *(("lr", value, "lr") for value in (NAN, INF, -1.0, "fast", None, torch.tensor(NAN), torch.ones(2))),
+    *(("weight_decay", value, "weight_decay") for value in (NAN, INF, -0.1, None)),
+    *(("seed", value, "seed") for value in (-1, 2**64, 1.5, None)),
+    *(("block_size", value, "block_size") for value in (0, 16, 31, 100, 8192, 128.0, None)),
+    *(("first_moment", value, "first_moment") for value in ("fp8", "log8", None, 8)),
+]
+CASES = {
+    a8multi.AdamW8bit: [
+        *COMMON,
+        *(("betas", value, r"betas\[0\]") for value in ((1.0, 0.9), (-0.1, 0.9), (NAN, 0.9), ("a", 0.9))),
+        *(("betas", value, r"betas\[1\]") for value in ((0.9, 1.0), (0.9, -0.1), (0.9, INF))),
+        *(("betas", value, "betas") for value in ((0.9,), 0.9, None, (0.9, 0.99, 0.999))),
+        *(("eps", value, "eps") for value in (NAN, INF, -1e-8, None)),
+        *(("min_quantized_numel", value, "min_quantized_numel") for value in (-1, NAN, None)),
+        *(("second_moment", value, "second_moment") for value in ("int8", "bf16", None)),
+    ],
+    a8multi.Adafactor8bit: [
+        *COMMON,
+        *(("beta1", value, "beta1") for value in (1.0, -0.1, NAN, "a")),
+        *(("beta2", value, "beta2") for value in (1.0, -0.1, NAN)),
+        *(("beta2_decay", value, "beta2_decay") for value in (0.1, NAN, -INF, None)),
+        *(("eps", value, r"eps\[0\]") for value in ((-1.0, 1e-3), (NAN, 1e-3), (INF, 1e-3))),
+        *(("eps", value, r"eps\[1\]") for value in ((None, -1.0), (None, NAN), (None, None))),
+        *(("eps", value, "eps") for value in (1e-8, None, (1e-8,))),
+        *(("d", value, "d must") for value in (-1.0, NAN, INF, None)),
+        *(("m_block_size", value, "m_block_size") for value in (0, 33, 8192, None)),
+        *(("min_8bit_size", value, "min_8bit_size") for value in (-1, NAN)),
+    ],
+}
+CASES[a8multi.Adam8bit] = CASES[a8multi.AdamW8bit]
+ALL = [
+    pytest.param(kind, *case, id=f"{kind.__name__}-{case[0]}-{str(case[1])[:16]}")
+    for kind, cases in CASES.items()
+    for case in cases
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "value", "word"), ALL)
+def test_at_construction(kind: Any, name: str, value: Any, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        kind(parameters([(8,)]), **{name: value})
+
+
+@pytest.mark.parametrize(("kind", "name", "value", "word"), ALL)
+def test_when_changed_later(kind: Any, name: str, value: Any, word: str) -> None:
+    """In the last group, so that the first would have been stepped already."""
+    params = parameters(SHAPES)
+    optimizer = kind([{"params": params[:2]}, {"params": params[2:]}])
+    run(optimizer, params, range(1))
+    before = snapshot(optimizer, params)
+    good = optimizer.param_groups[1][name]
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(ValueError, match=word):
+        run(optimizer, params, range(1, 2))
+    assert not differences(snapshot(optimizer, params), before)
+    optimizer.param_groups[1][name] = good
+    run(optimizer, params, range(1, 2))
+    assert all(optimizer.state[p]["step"] == 2 for p in params)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_an_added_group_is_checked_and_not_kept(kind: Any) -> None:
+    params = parameters(SHAPES)
+    optimizer = kind(params[:1])
+    with pytest.raises(ValueError, match="lr"):
+        optimizer.add_param_group({"params": params[1:], "lr": NAN})
+    assert len(optimizer.param_groups) == 1
+    run(optimizer, params, range(1))
+
+
+LATER = [
+    ("beta3", 0.9999, "CAME"),
+    ("apollo_rank", 128, "APOLLO"),
+    ("enable_fira_for_adafactor", True, "Fira"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "what"), LATER)
+def test_what_comes_later_says_so(name: str, value: Any, what: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"{name}.*{what}"):
+        a8multi.Adafactor8bit(parameters([(8, 8)]), **{name: value})
+
+
+def test_unknown_options_are_refused() -> None:
+    for kind in CASES:
+        with pytest.raises(TypeError):
+            kind(parameters([(8,)]), amsgrad=True)
+
+
+# --- Parameters and gradients. ---
+
+
+def _complex_param() -> Any:
+    return torch.nn.Parameter(torch.zeros(4, dtype=torch.complex64)), "complex"
+
+
+def _double_param() -> Any:
+    return torch.nn.Parameter(torch.zeros(4, dtype=torch.float64)), "float64"
+
+
+def _integer_param() -> Any:
+    return torch.nn.Parameter(torch.zeros(4, dtype=torch.int32), requires_grad=False), "int32"
+
+
+@pytest.mark.parametrize("make", [_complex_param, _double_param, _integer_param])
+@pytest.mark.parametrize("kind", CASES)
+def test_parameter_types(kind: Any, make: Any) -> None:
+    param, word = make()
+    with pytest.raises(ValueError, match=word):
+        kind([*parameters([(8,)]), param])
+
+
+def _assert_step_refused(optimizer: Any, params: Any, *words: str) -> None:
+    before = snapshot(optimizer, params)
+    with pytest.raises(ValueError, match="(?s)" + ".*".join(words)):
+        optimizer.step()
+    assert not differences(snapshot(optimizer, params), before)
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("kind", CASES)
+def test_a_sparse_gradient_in_the_last_parameter(kind: Any, stepped: bool) -> None:
+    params = parameters(SHAPES)
+    optimizer = kind(params)
+    if stepped:
+        run(optimizer, params, range(1))
+    for param, grad in zip(params, gradients(params, 1), strict=True):
+        param.grad = grad
+    params[-1].grad = torch.zeros(129).to_sparse()
+    _assert_step_refused(optimizer, params, r"params'\]\[2\]", "sparse")
+    if not stepped:
+        assert not optimizer.state
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_model_cast_to_double_after_construction(kind: Any) -> None:
+    model = torch.nn.Linear(8, 8)
+    optimizer = kind(model.parameters())
+    model.double()
+    model(torch.ones(1, 8, dtype=torch.float64)).sum().backward()
+    _assert_step_refused(optimizer, list(model.parameters()), "float64")
+
+
+@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("shape", [(100,), (9000,), (5, 5)])
+def test_a_parameter_whose_data_was_replaced_by_another_shape(kind: Any, shape: tuple[int, ...]) -> None:
+    """State and plan are of the old size: stepping would write past the end. Refused, nothing written."""
+    params = parameters([(4096,), (64, 64)])
+    optimizer = kind(params)
+    run(optimizer, params, range(2))
+    for i in range(2):
+        kept = params[i].data
+        params[i].data = torch.ones(shape)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        _assert_step_refused(optimizer, params, "shape")
+        params[i].data = kept
+    run(optimizer, params, range(2, 4))
+
+
+def test_same_size_another_shape_is_refused() -> None:
+    params = parameters([(64, 128)])
+    optimizer = a8multi.Adafactor8bit(params)
+    run(optimizer, params, range(1))
+    params[0].data = params[0].data.reshape(128, 64)
+    params[0].grad = torch.ones(128, 64)
+    _assert_step_refused(optimizer, params, "shape")
