@@ -1,5 +1,7 @@
-// The thread pool. One per process, made at the first parallel call, never destroyed (its threads sleep until the process
-// ends). A caller that finds it busy runs its tasks itself: always correct, and no caller ever waits for another's step.
+// Who runs the tasks. Where torch has loaded GNU OpenMP, its threads: they spin for milliseconds after each of torch's own
+// loops, and a second pool would fight them for the cores. Else a pool of our own, one per process, made at the first
+// parallel call and never destroyed (its threads sleep until the process ends); a caller that finds it busy runs its tasks
+// itself: always correct, and no caller ever waits for another's step.
 #include "parallel.h"
 
 #include <atomic>
@@ -14,6 +16,11 @@
 #endif
 #if !defined(_WIN32)
 #include <pthread.h>
+#endif
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <link.h>
+#include <cstring>
 #endif
 
 namespace {
@@ -122,20 +129,52 @@ class Pool {
 std::atomic<Pool*> pool{nullptr};
 std::mutex* pool_mutex = new std::mutex;
 
+// GOMP_parallel of the GNU OpenMP that this process has loaded already, or null. Found, not linked: this library must
+// load without it, and the copy that torch brings may have another file name than the system's.
+typedef void (*OpenMp)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+std::atomic<OpenMp> openmp{nullptr};
+std::atomic<bool> forked{false};  // GNU OpenMP hangs in a child of a process that used it
+
+#if defined(__linux__)
+int find_openmp(dl_phdr_info* info, size_t, void*) {
+  if (!info->dlpi_name || !strstr(info->dlpi_name, "libgomp")) return 0;
+  void* library = dlopen(info->dlpi_name, RTLD_NOLOAD | RTLD_NOW | RTLD_LOCAL);
+  if (!library) return 0;
+  openmp.store(reinterpret_cast<OpenMp>(dlsym(library, "GOMP_parallel")));
+  return openmp.load() != nullptr;
+}
+#endif
+
+OpenMp openmp_of_this_process() {
+  if (forked.load(std::memory_order_relaxed)) return nullptr;
+#if defined(__linux__)
+  // Looked for once: torch is loaded before the first step.
+  static const int searched = dl_iterate_phdr(find_openmp, nullptr);
+  (void)searched;
+#endif
+  return openmp.load(std::memory_order_relaxed);
+}
+
+#if !defined(_WIN32)
+// A forked child has none of the parent's threads and maybe its locks held: it starts anew and leaks the old pool.
+void watch_forks() {
+  static const int registered = pthread_atfork(nullptr, nullptr, [] {
+    forked.store(true);
+    pool.store(nullptr);
+    pool_mutex = new std::mutex;
+  });
+  (void)registered;
+}
+#else
+void watch_forks() {}
+#endif
+
 Pool* pool_of_this_process() {
   Pool* found = pool.load(std::memory_order_acquire);
   if (found) return found;
   std::lock_guard<std::mutex> lock(*pool_mutex);
   found = pool.load(std::memory_order_relaxed);
   if (!found) {
-#if !defined(_WIN32)
-    // A forked child has none of the parent's threads and maybe its locks held: it starts anew and leaks the old pool.
-    static const int registered = pthread_atfork(nullptr, nullptr, [] {
-      pool.store(nullptr);
-      pool_mutex = new std::mutex;
-    });
-    (void)registered;
-#endif
     found = new Pool;
     pool.store(found, std::memory_order_release);
   }
@@ -151,5 +190,10 @@ void a8_parallel(uint32_t threads, uint32_t first, uint32_t count, a8_task task,
   work.first = first;
   work.count = count;
   uint32_t useful = threads < count ? threads : count;
-  if (useful < 2 || !pool_of_this_process()->try_run(useful, &work)) work.run();
+  if (useful < 2) return work.run();
+  watch_forks();
+  if (OpenMp run = openmp_of_this_process())
+    run([](void* data) { static_cast<Work*>(data)->run(); }, &work, useful, 0);
+  else if (!pool_of_this_process()->try_run(useful, &work))
+    work.run();
 }
