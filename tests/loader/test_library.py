@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -168,6 +169,8 @@ def test_package_directories_are_tried_in_turn(build: Build, package: Use, tmp_p
         directory.mkdir(parents=True)
     (broken / CPU).write_text("text", encoding="utf-8")
     (good / CPU).write_bytes(build("native").read_bytes())
+    # A package that holds libraries holds the sources they are checked against.
+    shutil.copytree(Path(__file__).parents[2] / "native" / "include", good / "src" / "include")
     package(tmp_path / "absent", broken.parent, good.parent)
     found = library.load("cpu")
     assert found.path == good / CPU
