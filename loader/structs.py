@@ -82,6 +82,12 @@ class Flag(IntFlag):
     SCALE_DECAY = 32
 
 
+class TensorFlag(IntFlag):
+    """``a8_tensor_flag``: bits of ``Tensor.flags``."""
+
+    SQUARES_KNOWN = 1
+
+
 class Phase(IntFlag):
     """``a8_phase``: phases of an Adafactor step, in order."""
 
@@ -184,7 +190,7 @@ class Tensor(Structure):
         ("grad_dtype", c_uint8),
         ("first_format", c_uint8),
         ("second_format", c_uint8),
-        ("reserved", c_uint32),
+        ("flags", c_uint32),
     ]
 
 
@@ -250,6 +256,7 @@ ENUMS: dict[str, type[IntEnum] | type[IntFlag]] = {
     "isa": Isa,
     "op": Op,
     "flag": Flag,
+    "tensor_flag": TensorFlag,
     "phase": Phase,
 }
 

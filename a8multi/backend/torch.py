@@ -38,17 +38,17 @@ class TorchBackend:
 
     @torch.no_grad()
     def adam(self, plan: StepPlan, hypers: np.ndarray) -> None:
-        for item in plan.items:
+        for item, grad in zip(plan.items, plan.grads, strict=True):
             hyper = Hyper.of(hypers[item.hyper])
             rule = AdamRule.of(hyper)
             for start, stop in _slices(item.param.numel()):
-                _adam(item, hyper, rule, start, stop)
+                _adam(item, grad, hyper, rule, start, stop)
 
     @torch.no_grad()
     def adafactor(self, plan: StepPlan, hypers: np.ndarray) -> None:
-        for item in plan.items:
+        for item, grad in zip(plan.items, plan.grads, strict=True):
             if item.param.numel():
-                _adafactor(item, Hyper.of(hypers[item.hyper]))
+                _adafactor(item, grad, Hyper.of(hypers[item.hyper]))
 
     @torch.no_grad()
     def quantize(
@@ -130,8 +130,8 @@ class Hyper:
         return formats.noise_key(self.seed, self.step, item.noise_id, stream) if self.flags & flag else None
 
 
-def _gradient(item: Item, hyper: Hyper, start: int, stop: int) -> Tensor:
-    gradient = formats.load(item.grad, start, stop)
+def _gradient(grad: Tensor, hyper: Hyper, start: int, stop: int) -> Tensor:
+    gradient = formats.load(grad, start, stop)
     return gradient.neg_() if hyper.flags & Flag.MAXIMIZE else gradient
 
 
@@ -155,7 +155,7 @@ def _encode(
     """The inverse of ``_decode``; nothing where that gave None."""
     if spec is None or spec.format is None or values is None or codes is None:
         return
-    formats.encode(spec.format, values, codes, blocks, spec.block_size, start, noise)
+    formats.encode(spec.format, values, codes, blocks, spec.block_size, start, noise, keep_grid=noise is not None)
 
 
 def _store(item: Item, hyper: Hyper, start: int, p: Tensor, m: Tensor | None, v: Tensor | None) -> None:
@@ -189,9 +189,9 @@ class AdamRule:
         return cls(float(decay), 0.0, float(step_size))
 
 
-def _adam(item: Item, hyper: Hyper, rule: AdamRule, start: int, stop: int) -> None:
+def _adam(item: Item, grad: Tensor, hyper: Hyper, rule: AdamRule, start: int, stop: int) -> None:
     p = formats.load(item.param, start, stop)
-    g = _gradient(item, hyper, start, stop)
+    g = _gradient(grad, hyper, start, stop)
     # With no L2 term the gradient is untouched: 0 * p is not 0 for an infinite p.
     if rule.l2 != 0.0:
         g = add(g, mul(p, rule.l2))
@@ -217,7 +217,7 @@ def _reciprocal_root(x: Tensor) -> Tensor:
     return div(constant(1.0, x), sqrt(x))
 
 
-def _update_means(item: Item, hyper: Hyper) -> tuple[Tensor, Tensor]:
+def _update_means(item: Item, grad: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
     """Moves the row and column means; returns what a row and a column contribute to 1 / sqrt(v), [rows] and [cols]."""
     rows, cols = item.second, item.second_block
     if cols is None:
@@ -227,7 +227,7 @@ def _update_means(item: Item, hyper: Hyper) -> tuple[Tensor, Tensor]:
     step = max(1, SLICE // item.cols)
     for top in range(0, item.rows, step):
         bottom = min(top + step, item.rows)
-        g = formats.load(item.grad, top * item.cols, bottom * item.cols).view(-1, item.cols)
+        g = formats.load(grad, top * item.cols, bottom * item.cols).view(-1, item.cols)
         squares = mul(g, g)
         row_sums[top:bottom] = squares.sum(1)
         col_sums += squares.sum(0)
@@ -247,10 +247,10 @@ def _factored_roots(item: Item, factors: tuple[Tensor, Tensor], start: int, stop
 
 
 def _update(
-    item: Item, hyper: Hyper, factors: tuple[Tensor, Tensor] | None, start: int, stop: int
+    item: Item, grad: Tensor, hyper: Hyper, factors: tuple[Tensor, Tensor] | None, start: int, stop: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The update before clipping, and the new moments that are stored element by element."""
-    g = _gradient(item, hyper, start, stop)
+    g = _gradient(grad, hyper, start, stop)
     v = _decode(item.second_spec, item.second, item.second_block, start, stop)
     if factors is not None:
         roots = _factored_roots(item, factors, start, stop)
@@ -268,19 +268,19 @@ def _update(
     return mul(m, roots), m, v
 
 
-def _adafactor(item: Item, hyper: Hyper) -> None:
-    factors = _update_means(item, hyper) if item.second_spec.format is None else None
+def _adafactor(item: Item, grad: Tensor, hyper: Hyper) -> None:
+    factors = _update_means(item, grad, hyper) if item.second_spec.format is None else None
     param_squares, update_squares = constant(0.0, item.param), constant(0.0, item.param)
     for start, stop in _slices(item.param.numel()):
         if hyper.flags & Flag.SCALE_PARAMETER:
             p = formats.load(item.param, start, stop)
             param_squares += mul(p, p).sum()
         if hyper.clip > 0.0:
-            u = _update(item, hyper, factors, start, stop)[0]
+            u = _update(item, grad, hyper, factors, start, stop)[0]
             update_squares += mul(u, u).sum()
     decay, step_size = _adafactor_rule(item, hyper, param_squares, update_squares)
     for start, stop in _slices(item.param.numel()):
-        u, m, v = _update(item, hyper, factors, start, stop)
+        u, m, v = _update(item, grad, hyper, factors, start, stop)
         p = formats.load(item.param, start, stop)
         _store(item, hyper, start, sub(mul(p, decay), mul(u, step_size)), m, v)
 

@@ -146,6 +146,7 @@ def store(x: Tensor, target: Tensor, start: int, noise: Noise | None = None) -> 
 # --- log8. ---
 
 _LOG8_SMALLEST, _LOG8_INFINITY = 0x00800000, 0x7F800000
+_LOG8_KEEP, _LOG8_ROOM = 3, 6
 
 
 def _in_blocks(x: Tensor, block_size: int) -> Tensor:
@@ -154,14 +155,37 @@ def _in_blocks(x: Tensor, block_size: int) -> Tensor:
     return (F.pad(x, (0, missing)) if missing else x).view(-1, block_size)
 
 
-def encode_log8(x: Tensor, block_size: int, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+def _log8_step(low: Tensor, high: Tensor) -> Tensor:
+    return (high - low + 253).div_(254, rounding_mode="floor").clamp_(min=1)
+
+
+def _log8_header(low: Tensor, high: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``a8_log8_header_of``: lo and step of each block; before: the headers that the blocks have, int32 [blocks, 2]."""
+    step = _log8_step(low, high)
+    if before is None:
+        return low, step
+    old_low, old_step = before[:, 0], before[:, 1]
+    fits = (low >= old_low) & (high <= old_low + 254 * old_step) & (old_step - step <= old_step >> _LOG8_KEEP)
+    room = (high - low) >> _LOG8_ROOM
+    has_room = (low - room >= _LOG8_SMALLEST) & (high + room < _LOG8_INFINITY)
+    roomy_low = torch.where(has_room, low - room, low)
+    roomy_step = torch.where(has_room, _log8_step(low - room, high + room), step)
+    has_before = (low != 0) & (old_low != 0)
+    new_low = torch.where(fits, old_low, roomy_low)
+    new_step = torch.where(fits, old_step, roomy_step)
+    return torch.where(has_before, new_low, low), torch.where(has_before, new_step, step)
+
+
+def encode_log8(
+    x: Tensor, block_size: int, offsets: Tensor | None, before: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     bits = x.view(torch.int32).clamp(0, _LOG8_INFINITY).masked_fill_(x.isnan(), _LOG8_INFINITY)
     bits = _in_blocks(bits.mul_(bits >= _LOG8_SMALLEST), block_size)
     high = bits.amax(1)
     # Where a block has nothing but zeros its smallest value stays at the filling.
     low = bits.masked_fill(bits == 0, _LOG8_INFINITY + 1).amin(1)
     low.masked_fill_(low > _LOG8_INFINITY, 0)
-    step = (high - low + 253).div_(254, rounding_mode="floor").clamp_(min=1)
+    low, step = _log8_header(low, high, before)
     origin = low.masked_fill(low == 0, 0x40000000)
     inverse = div(constant(1.0, x), step.to(torch.float32))
     position = (bits - origin[:, None]).to(torch.float32).mul_(inverse[:, None])
@@ -254,15 +278,23 @@ def _codes(codes: Tensor, fmt: StateFormat, start: int, count: int) -> Tensor:
 
 
 def encode(
-    fmt: StateFormat, x: Tensor, codes: Tensor, blocks: Tensor | None, block_size: int, start: int, noise: Noise | None
+    fmt: StateFormat,
+    x: Tensor,
+    codes: Tensor,
+    blocks: Tensor | None,
+    block_size: int,
+    start: int,
+    noise: Noise | None,
+    keep_grid: bool = False,
 ) -> None:
-    """Writes float32 [n] into the codes and headers from element ``start`` on. noise: for log8 only."""
+    """Writes float32 [n] into the codes and headers from element ``start`` on. noise, keep_grid: for log8 only."""
     if blocks is None:
         store(x, codes, start)
         return
     if fmt.name == "log8":
         offsets = None if noise is None else noise_offsets(noise, start, x.numel(), x.device)
-        new_codes, new_blocks = encode_log8(x, block_size, offsets)
+        before = _headers(blocks, block_size, start, x.numel()) if keep_grid else None
+        new_codes, new_blocks = encode_log8(x, block_size, offsets, before)
     else:
         new_codes, new_blocks = {"int8": encode_int8, "nf4": encode_nf4}[fmt.name](x, block_size)
     _codes(codes, fmt, start, x.numel()).copy_(new_codes)

@@ -85,7 +85,7 @@ int32_t check_scratch(const a8_exec* exec, const a8_batch* batch, uint32_t i) {
   bool factored = t.second_format == A8_FACTORED;
   int64_t row_floats = factored ? (t.cols + A8_TILE_COLS - 1) / A8_TILE_COLS * t.rows : 0;
   int64_t col_floats = factored ? (t.rows + A8_TILE_ROWS - 1) / A8_TILE_ROWS * t.cols : 0;
-  if (!exec->scratch || !fits(t.sum_at, 2 + 2 * (int64_t)t.chunks, exec) || !fits(t.row_at, row_floats, exec) ||
+  if (!exec->scratch || !fits(t.sum_at, 2 + 3 * (int64_t)t.chunks, exec) || !fits(t.row_at, row_floats, exec) ||
       !fits(t.col_at, col_floats, exec))
     return fail(A8_ERROR_ARGUMENT, "tensor %u: its partial sums are outside the scratch of %lld bytes", i,
                 (long long)exec->scratch_bytes);

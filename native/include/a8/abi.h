@@ -48,6 +48,10 @@ enum a8_flag {
   A8_SCALE_DECAY = 32
 };
 
+// Bits of a8_tensor.flags. SQUARES_KNOWN: since the last apply phase on this scratch nobody has written the parameter, as
+// far as the caller knows; the kernels look at a sample of it and then trust the sums of p^2 that apply left.
+enum a8_tensor_flag { A8_SQUARES_KNOWN = 1 };
+
 // Phases of an Adafactor step, in order. A caller may run them one by one, with a collective on the scratch between.
 enum a8_phase { A8_REDUCE = 1, A8_MOMENTS = 2, A8_NORM = 4, A8_APPLY = 8, A8_ALL_PHASES = 15 };
 
@@ -110,7 +114,9 @@ typedef struct a8_hyper {
 // One parameter with its gradient and state, all contiguous. Not used: null.
 // first: int8 [numel], nf4 uint8 [ceil(numel / 2)], float32 or bfloat16 [numel]; first_block: float32 [blocks].
 // second: log8 uint8 [numel] with second_block int32 [blocks, 2], or float32 [numel]; FACTORED: float32 row means [rows],
-// second_block float32 column means [cols], and partial sums at the *_at offsets (in floats) of the scratch.
+// second_block float32 column means [cols], and partial sums at the *_at offsets (in floats) of the scratch: row sums
+// [tiles across, rows], column sums [tiles down, cols], and at sum_at the totals of p^2 and u^2, then for each chunk its sum
+// of p^2, for each its sum of u^2, for each its fingerprint (a8_fingerprint). Scratch is kept from step to step.
 typedef struct a8_tensor {
   void* param;
   const void* grad;
@@ -136,7 +142,7 @@ typedef struct a8_tensor {
   uint8_t grad_dtype;
   uint8_t first_format;
   uint8_t second_format;
-  uint32_t reserved;
+  uint32_t flags;
 } a8_tensor;
 
 // Unit of work: part number `part` of tensor `tensor`.

@@ -11,6 +11,10 @@
 #define A8_LOG8_SMALLEST 0x00800000
 #define A8_LOG8_INFINITY 0x7f800000
 
+// Shifts: the share of its step that a block may waste before its header is made anew, the room at each end then.
+#define A8_LOG8_KEEP 3
+#define A8_LOG8_ROOM 6
+
 // The mask is arithmetic on purpose: as a comparison it keeps g++ from vectorising the extremes of a block.
 A8_FN int32_t a8_log8_bits(float x) {
   int32_t bits = (int32_t)a8_bits(x);
@@ -23,12 +27,38 @@ A8_FN int32_t a8_log8_bits(float x) {
 // For the minimum over non-zero values: zero wraps to the largest unsigned.
 A8_FN uint32_t a8_log8_low_key(int32_t bits) { return (uint32_t)bits - 1u; }
 
-// From the smallest a8_log8_low_key and the largest bits of a block. An all-zero block is {0, 1}.
-A8_FN int32_t a8_log8_lo(uint32_t low_key) { return low_key == 0xffffffffu ? 0 : (int32_t)(low_key + 1u); }
+// Smallest non-zero bits of a block from its smallest a8_log8_low_key; 0 when all are zero.
+A8_FN int32_t a8_log8_low(uint32_t low_key) { return low_key == 0xffffffffu ? 0 : (int32_t)(low_key + 1u); }
 
 A8_FN int32_t a8_log8_step(int32_t lo, int32_t hi) {
   int32_t step = (int32_t)(((uint32_t)(hi - lo) + 253u) / 254u);
   return step < 1 ? 1 : step;
+}
+
+typedef struct a8_log8_header {
+  int32_t lo;
+  int32_t step;
+} a8_log8_header;
+
+// The header of a block from its a8_log8_low and its largest bits. An all-zero block is {0, 1}.
+//
+// before: the header that the block has, {0, 1} for none. It is kept while the block fits and would not gain a quarter;
+// a new one has some room at both ends. For on a new grid every value is rounded anew, by up to a whole code, on an old
+// one only by what has changed: a moving average drifts less (docs/decisions/0008-log8-keeps-its-grid.md).
+A8_FN a8_log8_header a8_log8_header_of(int32_t low, int32_t high, a8_log8_header before) {
+  a8_log8_header header;
+  header.lo = low;
+  header.step = a8_log8_step(low, high);
+  if (low == 0 || before.lo == 0) return header;
+  if (low >= before.lo && high <= before.lo + 254 * before.step &&
+      before.step - header.step <= before.step >> A8_LOG8_KEEP)
+    return before;
+  int32_t room = (high - low) >> A8_LOG8_ROOM;
+  if (low - room >= A8_LOG8_SMALLEST && high + room < A8_LOG8_INFINITY) {
+    header.lo = low - room;
+    header.step = a8_log8_step(low - room, high + room);
+  }
+  return header;
 }
 
 // What the encoder subtracts: lo, except that the zeros of an all-zero block (lo = 0) must lie far below it.
@@ -37,19 +67,24 @@ A8_FN int32_t a8_log8_origin(int32_t lo) { return lo == 0 ? 0x40000000 : lo; }
 // The code of a8_log8_bits(x). offset in [1, 2): A8_LOG8_NEAREST, or uniform for stochastic rounding; inverse_step =
 // 1 / step. Zero needs no case of its own: lo >= A8_LOG8_SMALLEST >= step puts it a whole step below code 1.
 #define A8_LOG8_NEAREST 1.5f
+template <typename I, typename F>
+A8_FN auto a8_log8_position(I bits, int32_t origin, float inverse_step, F offset) {
+  return a8_truncate(a8_to_float(bits - origin) * inverse_step + offset);
+}
 A8_FN uint32_t a8_log8_encode(int32_t bits, int32_t origin, float inverse_step, float offset) {
-  int32_t code = (int32_t)((float)(bits - origin) * inverse_step + offset);
+  int32_t code = a8_log8_position(bits, origin, inverse_step, offset);
   code = code < 0 ? 0 : code;
   return (uint32_t)(code > 255 ? 255 : code);
 }
 
-A8_FN float a8_log8_decode(uint32_t code, int32_t lo, int32_t step) {
-  uint32_t bits = (uint32_t)(lo - step) + code * (uint32_t)step;
-  return a8_float(code == 0 ? 0u : bits);
+template <typename U>
+A8_FN auto a8_log8_decode(U code, int32_t lo, int32_t step) {
+  return a8_float(a8_select(code == 0u, code, (uint32_t)(lo - step) + code * (uint32_t)step));
 }
 
 // A number in [1, 2) from the low 16 bits of `half`, one half of a pair's noise word, turned by a8_noise.turn.
-A8_FN float a8_offset(uint32_t half, uint32_t turn) {
+template <typename U>
+A8_FN auto a8_offset(U half, uint32_t turn) {
   return a8_float(0x3f800000u | (((half << 7) + turn) & 0x7fffffu));
 }
 
@@ -76,11 +111,16 @@ A8_FN float a8_absmax_scale(uint32_t absmax_bits, float levels) {
 
 // int8: linear, to nearest even. inverse = 127 / absmax, scale = absmax / 127.
 #define A8_INT8_LEVELS 127.0f
-A8_FN int32_t a8_int8_encode(float x, float inverse) {
-  // Adding 1.5 * 2^23 leaves the rounded integer in the low bits: one add where a conversion costs several.
-  return (int32_t)(a8_bits(x * inverse + 12582912.0f) - 0x4b400000u);
+// The code in the low byte: adding 1.5 * 2^23 leaves the rounded integer there, one add where a conversion costs several.
+template <typename F>
+A8_FN auto a8_int8_bits(F x, float inverse) {
+  return a8_bits(x * inverse + 12582912.0f);
 }
-A8_FN float a8_int8_decode(int32_t code, float scale) { return (float)code * scale; }
+A8_FN int32_t a8_int8_encode(float x, float inverse) { return (int32_t)(a8_int8_bits(x, inverse) - 0x4b400000u); }
+template <typename I>
+A8_FN auto a8_int8_decode(I code, float scale) {
+  return a8_to_float(code) * scale;
+}
 
 // nf4: the 16 levels of QLoRA (Dettmers et al. 2023, appendix E); element 2k in the low half of byte k.
 #define A8_NF4_LEVELS_LIST                                                                            \

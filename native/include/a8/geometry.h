@@ -14,6 +14,9 @@
 #define A8_TILE_COLS 1024
 #define A8_RUN_ROWS 64
 
+// Distance of the elements that a chunk's fingerprint looks at. Not part of the numerics.
+#define A8_SAMPLE 2048
+
 // Block sizes of a quantised state: powers of two in this range.
 #define A8_MIN_BLOCK 32
 #define A8_MAX_BLOCK 4096

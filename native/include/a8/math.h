@@ -1,6 +1,8 @@
 // The arithmetic of the updates, once for every backend. Receives and returns float32 values in registers; touches no
 // memory. Only correctly rounded operations (+, -, *, /, sqrt), integer operations and comparisons, and no fma, so that
 // the baseline instruction set, which has none, gives the same bits at vector speed (docs/decisions/0002-no-fma.md).
+//
+// F, I, U: a float, int32_t, uint32_t, or vectors of them (native/cpu/vector.inc).
 #pragma once
 
 #include "abi.h"
@@ -50,8 +52,9 @@ A8_FN a8_noise a8_noise_at(a8_noise key, uint64_t pair) {
 }
 
 // 32 bits for the pair of elements (2 * pair, 2 * pair + 1): the even one takes the low half.
-A8_FN uint32_t a8_noise_word(a8_noise key, uint32_t pair) {
-  uint32_t x = key.first + pair;
+template <typename U>
+A8_FN U a8_noise_word(a8_noise key, U pair) {
+  U x = key.first + pair;
   x ^= x >> 16;
   x *= 0x7feb352du;
   x ^= x >> 15;
@@ -73,12 +76,17 @@ A8_FN float a8_from_f16(uint32_t h) {
   return a8_float((magnitude < 0x400u ? tiny : normal) | ((h & 0x8000u) << 16));
 }
 
+// The bits of any x but NaN, rounded so that the high half is bfloat16; the low half is left over.
+template <typename U>
+A8_FN U a8_round_bf16(U bits) {
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
 // To nearest, ties to even. NaN becomes the quiet NaN of its sign; infinity stays.
 A8_FN uint32_t a8_to_bf16(float x) {
   uint32_t bits = a8_bits(x);
-  uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   uint32_t nan = (bits >> 16 & 0x8000u) | 0x7fc0u;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? nan : a8_round_bf16(bits) >> 16;
 }
 
 // Stochastically: up with the probability of the dropped fraction. noise: 16 bits. NaN and infinity pass unchanged.
@@ -140,7 +148,10 @@ A8_FN a8_adam_rule a8_adam_rule_of(const a8_hyper* h, float lr) {
   return rule;
 }
 
-A8_FN float a8_signed(float g, uint32_t sign) { return a8_float(a8_bits(g) ^ sign); }
+template <typename F>
+A8_FN F a8_signed(F g, uint32_t sign) {
+  return a8_float(a8_bits(g) ^ sign);
+}
 
 // The gradient that the moments see. With no L2 term it is untouched: 0 * p is not 0 for an infinite p.
 A8_FN float a8_adam_gradient(const a8_adam_rule* r, float g, float p) {
@@ -148,27 +159,39 @@ A8_FN float a8_adam_gradient(const a8_adam_rule* r, float g, float p) {
   return r->l2 != 0.0f ? gradient + r->l2 * p : gradient;
 }
 
-A8_FN float a8_adam_first(const a8_adam_rule* r, float m, float g) { return r->beta1 * m + r->one_minus_beta1 * g; }
+template <typename F>
+A8_FN F a8_adam_first(const a8_adam_rule* r, F m, F g) {
+  return r->beta1 * m + r->one_minus_beta1 * g;
+}
 
-A8_FN float a8_adam_second(const a8_adam_rule* r, float v, float g) {
+template <typename F>
+A8_FN F a8_adam_second(const a8_adam_rule* r, F v, F g) {
   return r->beta2 * v + (r->one_minus_beta2 * g) * g;
 }
 
-A8_FN float a8_adam_param(const a8_adam_rule* r, float p, float m, float v) {
-  float root = a8_sqrt(v) * r->root_bias + r->eps;
+template <typename F>
+A8_FN F a8_adam_param(const a8_adam_rule* r, F p, F m, F v) {
+  F root = a8_sqrt(v) * r->root_bias + r->eps;
   return p * r->decay - r->step_size * a8_div(m, root);
 }
 
 // --- Adafactor. Shazeer & Stern 2018, Algorithms 4 and 5, with torch.optim.Adafactor's eps1 and weight decay. ---
 
 // NaN stays NaN: the comparison is false for it.
-A8_FN float a8_at_most(float x, float bound) { return x > bound ? bound : x; }
+template <typename F>
+A8_FN F a8_at_most(F x, F bound) {
+  return a8_select(x > bound, bound, x);
+}
 A8_FN float a8_at_least(float x, float bound) { return x < bound ? bound : x; }
 
 // An average moved towards x. Never negative for x, average >= 0, unlike average + w * (x - average).
 A8_FN float a8_average(const a8_hyper* h, float average, float x) {
   return h->beta2 * average + h->one_minus_beta2 * x;
 }
+
+// Of the bits of a chunk's elements 0, A8_SAMPLE, 2 * A8_SAMPLE, ... as they are stored: enough to notice a parameter that
+// was exchanged behind autograd's back (param.data.copy_ does not count as a write). Starts at the chunk's length.
+A8_FN uint32_t a8_fingerprint(uint32_t fingerprint, uint32_t bits) { return (fingerprint ^ bits) * 0x01000193u; }
 
 // 1 / sqrt(v), at most 1 / eps: the reciprocal root of max(v, eps^2), for elements, row means and column means alike.
 A8_FN float a8_reciprocal_root(float v) { return a8_div(1.0f, a8_sqrt(v)); }

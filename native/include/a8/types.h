@@ -47,3 +47,11 @@ A8_FN float a8_float(uint32_t bits) {
 A8_FN float a8_sqrt(float x) { return sqrtf(x); }
 A8_FN float a8_div(float a, float b) { return a / b; }
 #endif
+
+// Conversions and choice by name, so that a formula can be written once for numbers and for vectors of them: the CPU's
+// fast paths overload these, a8_bits, a8_float, a8_sqrt and a8_div for the vectors of native/cpu/vector.inc.
+A8_FN float a8_to_float(int32_t x) { return (float)x; }
+A8_FN int32_t a8_truncate(float x) { return (int32_t)x; }
+A8_FN uint32_t a8_select(bool condition, uint32_t yes, uint32_t no) { return condition ? yes : no; }
+A8_FN int32_t a8_select(bool condition, int32_t yes, int32_t no) { return condition ? yes : no; }
+A8_FN float a8_select(bool condition, float yes, float no) { return condition ? yes : no; }
