@@ -11,6 +11,8 @@ from a8multi.plan import StepPlan
 from a8multi.plan.step_plan import DTYPES
 from a8multi.quant.formats import StateFormat
 
+_ALIGNMENT = 256  # of a table in device memory, bytes
+
 
 def batch_of(plan: StepPlan, hypers: np.ndarray) -> structs.Batch:
     """The batch of a plan. ``plan`` and ``hypers`` must live until the call that uses it has returned.
@@ -18,25 +20,69 @@ def batch_of(plan: StepPlan, hypers: np.ndarray) -> structs.Batch:
     On CUDA the tables are copied to the device in stream order, without a synchronisation, and only those that have
     changed since the last step; the plan keeps the copies.
     """
-    tables = {"tensors": plan.address(), "chunks": plan.chunks, "tiles": plan.tiles, "hypers": hypers}
-    batch = structs.Batch()
-    for name, table in tables.items():
-        setattr(batch, f"{name[:-1]}_count", len(table))
-        if len(table) == 0:
-            continue
-        on_device = plan.device.type == "cuda"
-        setattr(batch, name, _uploaded(plan, name, table).data_ptr() if on_device else table.ctypes.data)
+    tensors = plan.address()
+    if plan.device.type == "cuda":
+        if plan.device_tables is None:
+            plan.device_tables = _DeviceTables()
+        addresses = plan.device_tables.updated(plan, hypers)
+    else:
+        addresses = [_address(table) for table in (hypers, tensors, plan.chunks, plan.tiles)]
+    batch = structs.Batch(
+        tensor_count=len(tensors), chunk_count=len(plan.chunks), tile_count=len(plan.tiles), hyper_count=len(hypers)
+    )
+    batch.hypers, batch.tensors, batch.chunks, batch.tiles = addresses
     return batch
 
 
-def _uploaded(plan: StepPlan, name: str, table: np.ndarray) -> Tensor:
-    data = table.tobytes()
-    before, copy = plan.device_tables.get(name, (None, None))
-    if copy is None or before != data:
-        host = torch.frombuffer(bytearray(data), dtype=torch.uint8).pin_memory()
-        copy = host.to(plan.device, non_blocking=True)
-        plan.device_tables[name] = (data, copy)
-    return copy
+def _address(table: np.ndarray) -> int | None:
+    return table.ctypes.data if len(table) else None
+
+
+class _DeviceTables:
+    """A plan's tables in one piece of device memory, hypers first, then tensors, chunks and tiles.
+
+    That is from what changes most often to what never does, so that what has changed is always a prefix: one copy.
+    """
+
+    def __init__(self) -> None:
+        self._edition = -1  # of plan.tensors, as last copied
+        self._hypers = b""
+        self._starts: list[int] = []
+        self._memory: Tensor | None = None
+
+    def updated(self, plan: StepPlan, hypers: np.ndarray) -> list[int | None]:
+        """Addresses of the four tables, None for an empty one, after copying what is not up to date."""
+        tables = [hypers, plan.tensors, plan.chunks, plan.tiles]
+        data = hypers.tobytes()
+        memory = self._memory
+        if memory is None or len(data) != len(self._hypers):
+            ends = np.cumsum([-(-table.nbytes // _ALIGNMENT) * _ALIGNMENT for table in tables])
+            self._starts = [0, *ends[:-1].tolist()]
+            # The old memory, if any, is freed for this stream's later use only.
+            memory = self._memory = torch.empty(int(ends[-1]), dtype=torch.uint8, device=plan.device)
+            changed = len(tables)
+        elif self._edition != plan.edition:
+            changed = 2
+        else:
+            changed = int(data != self._hypers)
+        if changed:
+            self._copy(memory, tables[:changed])
+            self._edition, self._hypers = plan.edition, data
+        base = memory.data_ptr()
+        return [base + start if len(table) else None for start, table in zip(self._starts, tables, strict=True)]
+
+    def _copy(self, memory: Tensor, tables: list[np.ndarray]) -> None:
+        size = self._starts[len(tables) - 1] + tables[-1].nbytes
+        host = _pinned(size)
+        view = host.numpy()
+        for start, table in zip(self._starts, tables, strict=False):
+            view[start : start + table.nbytes] = table.view(np.uint8).reshape(-1)
+        memory[:size].copy_(host, non_blocking=True)
+
+
+def _pinned(size: int) -> Tensor:
+    # torch caches pinned memory and hands none out again before the copy that read it is done.
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def codec_of(

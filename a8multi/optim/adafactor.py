@@ -16,7 +16,8 @@ from a8multi.plan import MomentSpec
 from a8multi.quant.formats import check_block_size
 
 from .adamw import common_flags, moment_spec
-from .base import Group, LowBitOptimizer, check_lr, check_number, check_seed
+from .base import LowBitOptimizer, check_lr, check_number, check_seed
+from .roster import Group
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
 # Its square is the smallest normal float32: below it 1 / eps1 would meet a second moment that underflowed to zero.

@@ -13,7 +13,8 @@ from a8multi.loader.structs import Flag
 from a8multi.plan import MomentSpec
 from a8multi.quant.formats import FORMATS, check_block_size
 
-from .base import Group, LowBitOptimizer, check_lr, check_number, check_seed
+from .base import LowBitOptimizer, check_lr, check_number, check_seed
+from .roster import Group
 
 _FIRST_FORMATS = ("int8", "nf4", "bf16", "fp32")
 _SECOND_FORMATS = ("log8", "fp32")

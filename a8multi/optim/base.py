@@ -17,12 +17,14 @@ from torch import Tensor
 
 from a8multi.backend.base import Backend
 from a8multi.backend.registry import backend_for
+from a8multi.loader.structs import Flag
 from a8multi.plan import Item, MomentSpec, StepPlan, matrix_shape
 from a8multi.plan.step_plan import DTYPES, HYPER
 
 from . import state as state_of
+from .roster import Group, Roster, Work
 
-Group = dict[str, Any]
+_HYPER_NAMES = HYPER.names or ()
 
 
 class LowBitOptimizer(torch.optim.Optimizer):
@@ -34,7 +36,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], defaults: Group) -> None:
         super().__init__(params, defaults)
-        self._plans: dict[torch.device, tuple[Any, StepPlan]] = {}
+        self._roster: Roster | None = None
 
     # --- For subclasses. ---
 
@@ -54,7 +56,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         super().__setstate__(saved)
-        self._plans = {}
+        self._roster = None
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, as torch.optim.Optimizer does.
@@ -91,7 +93,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
             params = [param for group in self.param_groups for param in group["params"]]
             for index, saved in kept.items():
                 self.state[params[index]] = saved
-            self._plans.clear()
+            self._roster = None
 
         before = self.register_load_state_dict_pre_hook(take)
         after = self.register_load_state_dict_post_hook(put, prepend=True)
@@ -118,34 +120,47 @@ class LowBitOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for device, work in self._collect().items():
-            self._step_device(device, work)
+        # Kept only if the step succeeds: what an error has interrupted is looked at anew.
+        roster, self._roster = self._roster, None
+        try:
+            if roster is None or not roster.holds(self, self._check_group):
+                roster = self._survey()
+            self._update(roster)
+        finally:
+            if roster is not None:
+                roster.drop_grads()
+        self._roster = roster
         return loss
 
     # --- One step. ---
 
-    def _collect(self) -> dict[torch.device, _Work]:
-        """Parameters with gradients by device, all checked: the next thing is to write."""
-        works: dict[torch.device, _Work] = {}
+    def _survey(self) -> Roster:
+        """Parameters with gradients by device, all checked and with their states: the next thing is to update them."""
+        # torch adds defaults of its own when a state is loaded, which groups do not have.
+        options = [name for name in self.defaults if all(name in group for group in self.param_groups)]
+        formats = [name for name in options if name in (*self._format_options, "beta1")]
+        roster = Roster(self, [name for name in options if name not in ("lr", *formats)], formats)
         number = 0
         for group in self.param_groups:
             self._check_group(group)
             for param in group["params"]:
                 grad = param.grad
                 if grad is not None:
-                    shape = param.shape
-                    self._check_grad(param, grad, shape, number)
-                    if 0 not in shape:
-                        device = param.device
-                        work = works.get(device)
-                        if work is None:
-                            work = works[device] = _Work()
-                        # Not self.state[param]: a later error must leave no trace.
-                        work.add(param, grad, shape, group, number, self.state.get(param, {}))
+                    self._check_grad(param, grad, number)
+                if grad is None or not param.numel():
+                    roster.idle.append(param)
+                else:
+                    # Not self.state[param]: a later error must leave no trace.
+                    roster.work(param.device).add(param, grad, group, number, self.state.get(param, {}))
                 number += 1
-        return works
+        for device in roster.works:
+            self._backend(device)
+        for work in roster.works.values():
+            self._plan(work)
+        roster.remember()
+        return roster
 
-    def _check_grad(self, param: Tensor, grad: Tensor, shape: torch.Size, number: int) -> None:
+    def _check_grad(self, param: Tensor, grad: Tensor, number: int) -> None:
         if grad.layout is not torch.strided:
             raise ValueError(
                 f"gradient of {self._name(number)}: sparse gradients are not supported; build the embedding with "
@@ -155,10 +170,10 @@ class LowBitOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"gradient of {self._name(number)}: {grad.dtype} for a parameter of {param.dtype} is not supported"
             )
-        if grad.shape != shape or grad.device != param.device:
+        if grad.shape != param.shape or grad.device != param.device:
             raise ValueError(
                 f"gradient of {self._name(number)}: shape {tuple(grad.shape)} on {grad.device} does not fit the "
-                f"parameter's {tuple(shape)} on {param.device}"
+                f"parameter's {tuple(param.shape)} on {param.device}"
             )
 
     def _name(self, number: int) -> str:
@@ -174,53 +189,24 @@ class LowBitOptimizer(torch.optim.Optimizer):
     def _backend(self, device: torch.device) -> Backend:
         return backend_for(device, self._op)
 
-    def _step_device(self, device: torch.device, work: _Work) -> None:
-        backend = self._backend(device)
-        run = getattr(backend, self._op)
-        plan = self._plan(device, work)
-        hypers = self._hypers(plan, work)
-        if plan.items:
-            run(plan, hypers)
-        for index in work.strided:
-            # One at a time: a contiguous copy of the parameter is the only temporary.
-            param = work.params[index]
-            item = self._item(work, index, param.contiguous(), work.grads[index].contiguous())
-            item.hyper = work.rows[index]
-            run(StepPlan(device, [item]), hypers)
-            if item.param is not param:
-                param.copy_(item.param)
-        _bump_versions(work.params)
-        for state, step in zip(work.states, work.steps, strict=True):
-            state["step"] = step
+    def _plan(self, work: Work) -> None:
+        """Make the states of all parameters, or bring them into their groups' formats, and plan the contiguous ones."""
+        for i, param in enumerate(work.params):
+            first, second = self._moment_specs(work.groups[i], param)
+            state_of.ensure(work.states[i], param, first, second)
+            self.state[param] = work.states[i]
+        work.assign_rows()
+        items = [self._item(work, i, work.params[i]) for i in work.contiguous(list(range(len(work.params))))]
+        work.plan = StepPlan(work.device, items, carries_squares=self._op == "adafactor")
 
-    def _plan(self, device: torch.device, work: _Work) -> StepPlan:
-        """The plan of the contiguous parameters: the last one if only values and gradients have changed."""
-        # beta1: an optimizer may have no first moment.
-        names = (*self._format_options, "beta1")
-        options = [tuple([group.get(name) for name in names]) for group in self.param_groups]
-        key = (options, work.numbers, work.shapes, work.strided)
-        known, plan = self._plans.get(device, (None, None))
-        if plan is not None and key == known and work.matches(plan):
-            for item, grad in zip(plan.items, work.contiguous(work.grads), strict=True):
-                item.grad = grad
-            return plan
-        strided = set(work.strided)
-        items = [self._item(work, i, p, work.grads[i]) for i, p in enumerate(work.params) if i not in strided]
-        plan = StepPlan(device, items)
-        self._plans[device] = (key, plan)
-        return plan
-
-    def _item(self, work: _Work, index: int, param: Tensor, grad: Tensor) -> Item:
-        """The parameter with its state, which is made or converted to the group's formats where it has to be."""
+    def _item(self, work: Work, index: int, param: Tensor) -> Item:
         owner, state, number = work.params[index], work.states[index], work.numbers[index]
         first_spec, second_spec = self._moment_specs(work.groups[index], owner)
-        state_of.ensure(state, owner, first_spec, second_spec)
-        self.state[owner] = state
         rows, cols = matrix_shape(owner.shape) if second_spec.format is None else (0, 0)
         first, first_block, second, second_block = state_of.tensors(state, first_spec, second_spec)
         return Item(
             param=param,
-            grad=grad,
+            grad_dtype=work.grads[index].dtype,
             state=state,
             first=first,
             first_block=first_block,
@@ -230,76 +216,53 @@ class LowBitOptimizer(torch.optim.Optimizer):
             second_spec=second_spec,
             rows=rows,
             cols=cols,
-            hyper=0,
+            hyper=work.rows[index],
             noise_id=number,
             name=self._name(number),
         )
 
-    def _hypers(self, plan: StepPlan, work: _Work) -> np.ndarray:
-        """The hyper-parameter table: one row for each group, step and type that occurs."""
-        rows: dict[tuple[int, int, torch.dtype], int] = {}
-        records: list[dict[str, Any]] = []
-        for param, group, state in zip(work.params, work.groups, work.states, strict=True):
-            step = state.get("step", 0) + 1
-            key = (id(group), step, param.dtype)
-            row = rows.get(key)
-            if row is None:
-                row = rows[key] = len(records)
-                seed = int(group["seed"])
-                record = self._hyper(group, float(group["lr"]), step, param.dtype)
-                record.update(step=step & 0xFFFFFFFF, seed_low=seed & 0xFFFFFFFF, seed_high=seed >> 32)
-                records.append(record)
-            work.steps.append(step)
-            work.rows.append(row)
-        hypers = np.zeros(len(records), HYPER)
-        for at, record in zip(hypers, records, strict=True):
-            for name, value in record.items():
-                at[name] = value
-        for item, row in zip(plan.items, work.contiguous(work.rows), strict=True):
-            item.hyper = row
-        return hypers
+    def _update(self, roster: Roster) -> None:
+        works = list(roster.works.values())
+        backends = [self._backend(work.device) for work in works]
+        tables = [self._hypers(work) for work in works]
+        for work, backend, hypers in zip(works, backends, tables, strict=True):
+            run = getattr(backend, self._op)
+            plan = work.plan
+            if plan.items:
+                plan.grads = work.contiguous(work.grads)
+                try:
+                    run(plan, hypers)
+                finally:
+                    plan.grads = []
+            for index in work.strided:
+                self._update_strided(run, work, index, hypers)
+            # Kernels write through raw pointers: without this autograd would not notice a parameter saved for backward.
+            _bump_versions(work.params)
+            if plan.squares is not None:
+                asked = (hypers["flags"] & Flag.SCALE_PARAMETER) != 0
+                plan.squares.leave(asked[plan.tensors["hyper"]])
+        roster.count_steps()
 
+    def _update_strided(self, run: Callable[..., None], work: Work, index: int, hypers: np.ndarray) -> None:
+        """One parameter that is not contiguous, or its gradient is not. A copy of each is the only temporary."""
+        param = work.params[index]
+        item = self._item(work, index, param.contiguous())
+        plan = StepPlan(work.device, [item])
+        plan.grads = [work.grads[index].contiguous()]
+        run(plan, hypers)
+        if item.param is not param:
+            param.copy_(item.param)
 
-class _Work:
-    """The parameters of one device at one step, as columns."""
-
-    def __init__(self) -> None:
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.shapes: list[torch.Size] = []
-        self.groups: list[Group] = []
-        self.numbers: list[int] = []
-        self.states: list[dict[str, Any]] = []
-        self.strided: list[int] = []  # indices of those that are not contiguous
-        self.steps: list[int] = []
-        self.rows: list[int] = []
-
-    def add(
-        self, param: Tensor, grad: Tensor, shape: torch.Size, group: Group, number: int, state: dict[str, Any]
-    ) -> None:
-        if not (param.is_contiguous() and grad.is_contiguous()):
-            self.strided.append(len(self.params))
-        self.params.append(param)
-        self.grads.append(grad)
-        self.shapes.append(shape)
-        self.groups.append(group)
-        self.numbers.append(number)
-        self.states.append(state)
-
-    def contiguous(self, column: list[Any]) -> list[Any]:
-        """The entries of a column that belong to contiguous parameters."""
-        if not self.strided:
-            return column
-        strided = set(self.strided)
-        return [value for i, value in enumerate(column) if i not in strided]
-
-    def matches(self, plan: StepPlan) -> bool:
-        """Whether the plan was made for these very parameters, and their state still holds the tensors it knows."""
-        params, states = self.contiguous(self.params), self.contiguous(self.states)
-        return all(
-            item.param is param and item.state is state and state_of.holds(item)
-            for item, param, state in zip(plan.items, params, states, strict=True)
-        )
+    def _hypers(self, work: Work) -> np.ndarray:
+        """The hyper-parameter table of a work's next step."""
+        rows = []
+        for group, step, dtype in work.row_keys:
+            check_lr(group["lr"])
+            seed = int(group["seed"])
+            record = self._hyper(group, float(group["lr"]), step + 1, dtype)
+            record.update(step=(step + 1) & 0xFFFFFFFF, seed_low=seed & 0xFFFFFFFF, seed_high=seed >> 32)
+            rows.append(tuple([record.get(name, 0) for name in _HYPER_NAMES]))
+        return np.array(rows, HYPER)
 
 
 def _check_param(param: Tensor) -> None:
@@ -311,7 +274,6 @@ def _check_param(param: Tensor) -> None:
 
 
 def _bump_versions(params: list[Tensor]) -> None:
-    # Kernels write through raw pointers: without this autograd would not notice a parameter saved for backward.
     try:
         torch.autograd.graph.increment_version(params)
     except TypeError:  # torch < 2.6 takes one tensor

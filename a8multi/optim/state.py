@@ -20,7 +20,7 @@ from torch import Tensor
 
 from a8multi.backend.registry import backend_for
 from a8multi.errors import StateFormatError
-from a8multi.plan import Item, MomentSpec, matrix_shape
+from a8multi.plan import MomentSpec, matrix_shape
 from a8multi.quant.formats import FORMATS, StateFormat
 
 State = dict[str, Any]
@@ -61,12 +61,15 @@ def _held(state: State) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 def ensure(state: State, param: Tensor, first: MomentSpec | None, second: MomentSpec) -> None:
     """Make the state, or bring what is there into these formats without losing it."""
     for name, value in state.items():
-        if isinstance(value, Tensor) and value.device != param.device:  # the model was moved after a step
-            state[name] = value.to(param.device)
+        # The model was moved after a step, or the user put a view there.
+        if isinstance(value, Tensor) and not (value.device == param.device and value.is_contiguous()):
+            state[name] = value.to(param.device).contiguous()
     wanted, held = layout(param, first, second), _held(state)
+    step = int(state.get("step", 0))
     if held == wanted:
+        state["step"] = step
         return
-    made: State = {"step": int(state.get("step", 0))}
+    made: State = {"step": step}
 
     def kept(moment: str) -> bool:
         """Takes over a moment whose format stays: reading and storing it would round it once more."""
@@ -94,18 +97,6 @@ def tensors(
     if second.format is None:
         return *of_first, state[_ROW], state[_COL]
     return *of_first, state[_SECOND], state.get(_block_name(_SECOND))
-
-
-def holds(item: Item) -> bool:
-    """Whether the state still holds the very tensors of the item (a user may have put others there)."""
-    get = item.state.get
-    second, block = (_ROW, _COL) if item.second_spec.format is None else (_SECOND, _BLOCK_NAMES[_SECOND])
-    return (
-        get(second) is item.second
-        and get(block) is item.second_block
-        and get(_FIRST) is item.first
-        and get(_BLOCK_NAMES[_FIRST]) is item.first_block
-    )
 
 
 def checked(

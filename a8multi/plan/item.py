@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from a8multi.loader.structs import Format
@@ -40,10 +41,11 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 @dataclass(eq=False)
 class Item:
-    """One parameter with its gradient and state, all contiguous and on one device: what a kernel works on.
+    """One parameter with its state, all contiguous and on one device: what a kernel works on.
 
     Attributes:
-        param, grad: tensors of the same shape, float32, bfloat16 or float16 each.
+        param: float32, bfloat16 or float16.
+        grad_dtype: of its gradients, one of these types too. The gradients themselves are the plan's for one step.
         state: the optimizer's state dictionary of this parameter, which owns the tensors below.
         first, first_block: codes and headers of the first moment; None without one.
         second, second_block: codes and headers of the second moment, or its row and column means when factored.
@@ -55,7 +57,7 @@ class Item:
     """
 
     param: Tensor
-    grad: Tensor
+    grad_dtype: torch.dtype
     state: dict[str, Any]
     first: Tensor | None
     first_block: Tensor | None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from a8multi.loader import geometry, structs
 
+from .carried_squares import CarriedSquares
 from .item import Item, MomentSpec
 
 TENSOR = np.dtype(structs.Tensor)
@@ -33,34 +35,46 @@ class StepPlan:
     Attributes:
         device: of every tensor.
         items: the parameters, in the optimizer's order.
-        device_tables: the tables below as they were last copied to the device, and the copies.
+        grads: their gradients while a step runs, else empty: a plan must not keep gradients alive.
+        edition: a number that grows whenever ``tensors`` changes.
+        device_tables: for the backend that copies the tables below to the device: what it keeps of them.
+        squares: which sums in the scratch still hold; None: steps of this plan leave none.
     """
 
-    def __init__(self, device: torch.device, items: Sequence[Item]) -> None:
+    def __init__(self, device: torch.device, items: Sequence[Item], *, carries_squares: bool = False) -> None:
         self.device = device
         self.items = list(items)
-        self.device_tables: dict[str, tuple[bytes, Tensor]] = {}
+        self.grads: list[Tensor] = []
+        self.edition = 0
+        self.device_tables: Any = None
+        self._params = [item.param for item in self.items]
+        self.squares = CarriedSquares(self._params) if carries_squares else None
+        self._addresses: dict[str, list[int]] = {}
 
     @cached_property
     def tensors(self) -> np.ndarray:
         """One ``a8_tensor`` an item, with host values of every device address. The tables below follow from it."""
         sizes = geometry()
-        table = np.zeros(len(self.items), TENSOR)
-        for row, item in zip(table, self.items, strict=True):
-            row["numel"] = item.param.numel()
-            row["rows"], row["cols"] = item.rows, item.cols
-            row["noise_id"] = item.noise_id
-            _fill_moment(row, "first", item.first_spec, item.first, item.first_block)
-            _fill_moment(row, "second", item.second_spec, item.second, item.second_block)
+        items = self.items
+        table = np.zeros(len(items), TENSOR)
+        table["numel"] = [item.param.numel() for item in items]
+        table["rows"] = [item.rows for item in items]
+        table["cols"] = [item.cols for item in items]
+        table["noise_id"] = [item.noise_id for item in items]
+        table["hyper"] = [item.hyper for item in items]
+        table["param_dtype"] = [DTYPES[item.param.dtype] for item in items]
+        table["grad_dtype"] = [DTYPES[item.grad_dtype] for item in items]
+        _fill_moment(table, "first", [(item.first_spec, item.first, item.first_block) for item in items])
+        _fill_moment(table, "second", [(item.second_spec, item.second, item.second_block) for item in items])
         table["chunks"] = -(-table["numel"] // sizes["A8_CHUNK"])
         row_tiles = -(-table["rows"] // sizes["A8_TILE_ROWS"])
         col_tiles = -(-table["cols"] // sizes["A8_TILE_COLS"])
         table["tiles"] = row_tiles * col_tiles
         table["chunk_at"] = _starts(table["chunks"])
         table["tile_at"] = _starts(table["tiles"])
-        # Scratch: partial row sums, partial column sums, then two totals and two sums a chunk.
+        # Scratch: partial row sums, partial column sums, then two totals, and two sums and a fingerprint a chunk.
         row_floats, col_floats = col_tiles * table["rows"], row_tiles * table["cols"]
-        sum_floats = 2 + 2 * table["chunks"].astype(np.int64)
+        sum_floats = 2 + 3 * table["chunks"].astype(np.int64)
         table["row_at"] = _starts(row_floats + col_floats + sum_floats)
         table["col_at"] = table["row_at"] + row_floats
         table["sum_at"] = table["col_at"] + col_floats
@@ -77,31 +91,39 @@ class StepPlan:
     @property
     def scratch_floats(self) -> int:
         last = self.tensors[-1]
-        return int(last["sum_at"]) + 2 + 2 * int(last["chunks"])
+        return int(last["sum_at"]) + 2 + 3 * int(last["chunks"])
 
     @cached_property
     def scratch(self) -> Tensor:
-        """Partial sums of a factored step, float32 [scratch_floats]. Kept with the plan: 0.01 bytes a parameter."""
+        """Partial sums of an Adafactor step, float32 [scratch_floats]. Kept with the plan: 0.01 bytes a parameter."""
         return torch.empty(self.scratch_floats, dtype=torch.float32, device=self.device)
 
     def address(self) -> np.ndarray:
-        """``tensors`` with what may change at every step: addresses and types, and the row of hyper-parameters."""
+        """``tensors`` with what may change at every step: the addresses of parameters and gradients, and flags.
+
+        For backends that are about to run a step on ``scratch``; with ``squares``, call it once a step.
+        """
         table = self.tensors
-        table["param"] = [item.param.data_ptr() for item in self.items]
-        table["grad"] = [item.grad.data_ptr() for item in self.items]
-        table["param_dtype"] = [DTYPES[item.param.dtype] for item in self.items]
-        table["grad_dtype"] = [DTYPES[item.grad.dtype] for item in self.items]
-        table["hyper"] = [item.hyper for item in self.items]
+        for name, tensors in (("param", self._params), ("grad", self.grads)):
+            addresses = list(map(Tensor.data_ptr, tensors))
+            if addresses != self._addresses.get(name):
+                table[name] = self._addresses[name] = addresses
+                self.edition += 1
+        if self.squares is not None:
+            flags = self.squares.flags(self._addresses["param"])
+            if (table["flags"] != flags).any():
+                table["flags"] = flags
+                self.edition += 1
         return table
 
 
-def _fill_moment(row: np.void, name: str, spec: MomentSpec | None, codes: Tensor | None, blocks: Tensor | None) -> None:
-    if spec is None or codes is None:
-        return
-    row[f"{name}_format"] = spec.code
-    row[f"{name}_block_size"] = spec.block_size
-    row[name] = codes.data_ptr()
-    row[f"{name}_block"] = blocks.data_ptr() if blocks is not None else 0
+def _fill_moment(
+    table: np.ndarray, name: str, moments: Sequence[tuple[MomentSpec | None, Tensor | None, Tensor | None]]
+) -> None:
+    table[f"{name}_format"] = [spec.code if spec is not None else 0 for spec, _, _ in moments]
+    table[f"{name}_block_size"] = [spec.block_size if spec is not None else 0 for spec, _, _ in moments]
+    table[name] = [codes.data_ptr() if codes is not None else 0 for _, codes, _ in moments]
+    table[f"{name}_block"] = [blocks.data_ptr() if blocks is not None else 0 for _, _, blocks in moments]
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:

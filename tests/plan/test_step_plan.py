@@ -29,8 +29,8 @@ def _gradients(params: Sequence[torch.Tensor]) -> None:
 
 
 def _plan(optimizer: Any) -> StepPlan:
-    ((_, plan),) = optimizer._plans.values()
-    return plan
+    (work,) = optimizer._roster.works.values()
+    return work.plan
 
 
 # --- Tables. ---
@@ -72,7 +72,7 @@ def test_tiles_cover_every_matrix_once() -> None:
 
 
 def test_scratch_regions_do_not_overlap() -> None:
-    """Of every tensor: a row sum for each tile column, a column sum for each tile row, two totals, two sums a chunk."""
+    """Of every tensor: a row sum a tile column, a column sum a tile row, two totals, three words a chunk."""
     optimizer, _ = _optimizer(SHAPES)
     optimizer.step()
     plan = _plan(optimizer)
@@ -82,7 +82,7 @@ def test_scratch_regions_do_not_overlap() -> None:
         rows, cols, chunks = int(row["rows"]), int(row["cols"]), int(row["chunks"])
         across = math.ceil(cols / sizes["A8_TILE_COLS"])
         down = math.ceil(rows / sizes["A8_TILE_ROWS"])
-        for start, length in (("row_at", across * rows), ("col_at", down * cols), ("sum_at", 2 + 2 * chunks)):
+        for start, length in (("row_at", across * rows), ("col_at", down * cols), ("sum_at", 2 + 3 * chunks)):
             at = int(row[start])
             assert at + length <= len(used)
             used[at : at + length] += 1
@@ -104,7 +104,7 @@ def test_rows_describe_the_tensors() -> None:
     optimizer, params = _optimizer([(65, 300), (4097,), (33,)], beta1=0.9, block_size=512, m_block_size=64)
     optimizer.step()
     plan = _plan(optimizer)
-    table = plan.address()
+    table = plan.tensors
     formats = structs.Format
     assert table["first_format"].tolist() == [formats.NF4, formats.NF4, formats.STATE_F32]
     assert table["second_format"].tolist() == [formats.FACTORED, formats.LOG8, formats.STATE_F32]
@@ -128,8 +128,8 @@ def test_dtypes_follow_the_tensors() -> None:
     _gradients(params)
     optimizer.step()
     expected = [structs.Dtype.F32, structs.Dtype.BF16, structs.Dtype.F16]
-    assert _plan(optimizer).address()["param_dtype"].tolist() == expected
-    assert _plan(optimizer).address()["grad_dtype"].tolist() == expected
+    assert _plan(optimizer).tensors["param_dtype"].tolist() == expected
+    assert _plan(optimizer).tensors["grad_dtype"].tolist() == expected
 
 
 # --- Reuse. ---
@@ -169,22 +169,25 @@ def test_addresses_follow_gradients_and_parameters(stepped: Any) -> None:
     params[1].data = params[1].data.clone()
     optimizer.step()
     assert _plan(optimizer) is plan
-    table = plan.address()
+    table = plan.tensors
     assert table["grad"].tolist() == [p.grad.data_ptr() for p in params]
     assert table["grad"].tolist() != [g.data_ptr() for g in kept]
     assert table["param"].tolist() == [p.data_ptr() for p in params]
 
 
-def test_a_cast_model_keeps_its_plan(stepped: Any) -> None:
+def test_a_cast_model_keeps_its_state(stepped: Any) -> None:
     """float32 parameters become bfloat16 ones: the state stays, the types in the table change."""
     optimizer, params = stepped
+    held = [list(optimizer.state[p].values())[1:] for p in params]
     for param in params:
         param.grad = None
         param.data = param.data.bfloat16()
     _gradients(params)
     optimizer.step()
-    assert set(_plan(optimizer).address()["param_dtype"].tolist()) == {structs.Dtype.BF16}
+    assert set(_plan(optimizer).tensors["param_dtype"].tolist()) == {structs.Dtype.BF16}
     assert all(p.isfinite().all() for p in params)
+    for param, before in zip(params, held, strict=True):
+        assert all(a is b for a, b in zip(list(optimizer.state[param].values())[1:], before, strict=True))
 
 
 @pytest.mark.parametrize("index", [0, 1])

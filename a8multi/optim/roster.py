@@ -1,0 +1,247 @@
+"""What a step has found and checked, so that the next one compares instead of checking again.
+
+A step of an unchanged model should cost well under a microsecond a parameter. So ``Roster.holds`` looks at whole lists,
+by identity, and anything that differs sends the optimizer back to the full survey that makes a new roster, with its
+error messages. Nothing here judges whether a value is valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, chain
+from operator import is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from a8multi.plan import StepPlan
+
+Group = dict[str, Any]
+State = dict[str, Any]
+
+
+class Work:
+    """The parameters of one device that have gradients, as columns. Those that are not contiguous are in no plan.
+
+    Attributes:
+        params, groups, numbers, states: the parameters, and each one's group, number in the optimizer and state.
+        grads: the gradients, while a step runs; else empty, so that their memory is free for the next backward.
+        strided: indices of the parameters that are not contiguous, or their gradients are not.
+        rows: for each parameter its row in the table of hyper-parameters.
+        row_keys: for each row its group, the steps that its parameters have taken and their type.
+        plan: of the contiguous ones; set when everything has been checked.
+    """
+
+    plan: StepPlan
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.groups: list[Group] = []
+        self.numbers: list[int] = []
+        self.states: list[State] = []
+        self.strided: list[int] = []
+        self.rows: list[int] = []
+        self.row_keys: list[tuple[Group, int, torch.dtype]] = []
+
+    def add(self, param: Tensor, grad: Tensor, group: Group, number: int, state: State) -> None:
+        if not (param.is_contiguous() and grad.is_contiguous()):
+            self.strided.append(len(self.params))
+        self.params.append(param)
+        self.grads.append(grad)
+        self.groups.append(group)
+        self.numbers.append(number)
+        self.states.append(state)
+
+    def contiguous(self, column: list[Any]) -> list[Any]:
+        """The entries of a column that belong to the plan."""
+        if not self.strided:
+            return column
+        strided = set(self.strided)
+        return [value for i, value in enumerate(column) if i not in strided]
+
+    def assign_rows(self) -> None:
+        """One row for each group, step and type that occurs. Parameters of a row stay together while all take steps."""
+        known: dict[tuple[int, int, torch.dtype], int] = {}
+        for param, group, state in zip(self.params, self.groups, self.states, strict=True):
+            step = state.get("step", 0)
+            key = (id(group), step, param.dtype)
+            if key not in known:
+                known[key] = len(self.row_keys)
+                self.row_keys.append((group, step, param.dtype))
+            self.rows.append(known[key])
+
+    def remember_metadata(self) -> None:
+        self._metadata = _Metadata(self.params), _Metadata(self.grads)
+
+    def take_grads(self) -> bool:
+        """Fetch this step's gradients. False: one is missing, or parameters and gradients are not what they were."""
+        grads: list[Any] = [param.grad for param in self.params]
+        self.grads = grads
+        params_seen, grads_seen = self._metadata
+        return params_seen.fits(self.params) and grads_seen.fits(grads)
+
+    def next_steps(self) -> list[int]:
+        """Add one to the steps of every row. Returns those of each parameter, the same object throughout a row."""
+        self.row_keys = [(group, step + 1, dtype) for group, step, dtype in self.row_keys]
+        steps = [step for _, step, _ in self.row_keys]
+        return [steps[row] for row in self.rows] if len(steps) > 1 else steps * len(self.rows)
+
+
+class Roster:
+    """All that a step depends on, but for the values of gradients and learning rates.
+
+    Args:
+        optimizer: whose parameters, groups and state it is.
+        options: names of the group options that may change between steps without changing any format.
+        formats: names of those that decide how state is stored.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, options: Sequence[str], formats: Sequence[str]) -> None:
+        self.works: dict[torch.device, Work] = {}
+        self.idle: list[Tensor] = []  # without gradient, or without elements
+        self._state = optimizer.state
+        self._groups = list(optimizer.param_groups)
+        self._params = _flat(group["params"] for group in self._groups)
+        self._sizes = [len(group["params"]) for group in self._groups]
+        self._options_of, self._formats_of = _values_of(options), _values_of(formats)
+        self._options = [self._options_of(group) for group in self._groups]
+        self._formats = [self._formats_of(group) for group in self._groups]
+
+    def work(self, device: torch.device) -> Work:
+        if device not in self.works:
+            self.works[device] = Work(device)
+        return self.works[device]
+
+    def remember(self) -> None:
+        """Everything has been checked and the states are made: from now on ``holds`` compares with what is there."""
+        for work in self.works.values():
+            work.remember_metadata()
+        self._owners, self._states = list(self._state), list(self._state.values())
+        self._held = _flat(map(dict.values, self._states))
+        self._single = [i for i, x in enumerate(self._held) if isinstance(x, Tensor) and x.numel() < 2]
+        # Where in _held the step of each work's states is.
+        at = dict(zip(map(id, self._states), _starts(map(len, self._states)), strict=True))
+        self._steps_at = {
+            device: [at[id(state)] + list(state).index("step") for state in work.states]
+            for device, work in self.works.items()
+        }
+
+    def holds(self, optimizer: torch.optim.Optimizer, check: Callable[[Group], None]) -> bool:
+        """Whether this is still all there is to know; then every work has its gradients.
+
+        Args:
+            check: raises what is wrong with a group's options; called for groups where one was changed.
+        """
+        groups = optimizer.param_groups
+        return (
+            optimizer.state is self._state
+            and _same(groups, self._groups)
+            and _same(_flat([group["params"] for group in groups]), self._params)
+            and [len(group["params"]) for group in groups] == self._sizes
+            and self._options_hold(check)
+            and all(param.grad is None or not param.numel() for param in self.idle)
+            and self._states_hold()
+            and all(work.take_grads() for work in self.works.values())
+        )
+
+    def _options_hold(self, check: Callable[[Group], None]) -> bool:
+        for i, group in enumerate(self._groups):
+            options = self._options_of(group)
+            if not _constant(options) or not _same(options, self._options[i]):
+                check(group)
+                self._options[i] = options
+            formats = self._formats_of(group)
+            if not _same(formats, self._formats[i]):
+                check(group)
+                return False
+        return True
+
+    def _states_hold(self) -> bool:
+        """Whether every parameter's state is the very dictionary, with the very tensors and step, that was left."""
+        state = self._state
+        states = list(state.values())
+        if not (_same(states, self._states) and all(map(is_, state, self._owners))):
+            return False
+        found, held = _flat(map(dict.values, states)), self._held
+        # == takes identical objects for equal without a look, much faster than _same. Other tensors it compares by
+        # value, which is an error unless both have one element.
+        try:
+            return found == held and all(found[i] is held[i] for i in self._single)
+        except (RuntimeError, TypeError):
+            return False
+
+    def count_steps(self) -> None:
+        """All works have taken a step."""
+        held = self._held
+        for device, work in self.works.items():
+            for state, at, step in zip(work.states, self._steps_at[device], work.next_steps(), strict=True):
+                state["step"] = held[at] = step
+
+    def drop_grads(self) -> None:
+        for work in self.works.values():
+            work.grads = []
+
+
+class _Metadata:
+    """Shape, type, device and layout of some tensors, to compare those of as many others with."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._facts = [_facts(tensor) for tensor in tensors]
+        self._guard = _guard(tensors)
+
+    def fits(self, tensors: list[Tensor]) -> bool:
+        try:
+            if self._guard is not None and self._guard.check(*tensors):
+                return True
+            if [_facts(tensor) for tensor in tensors] != self._facts:
+                return False
+        except (AttributeError, TypeError, RuntimeError):
+            # A gradient that is None, or a sparse one, which has no memory format.
+            return False
+        # Strides of dimensions of one element, or what is nothing to a step: so it is likely to be the next time.
+        self._guard = _guard(tensors)
+        return True
+
+
+def _facts(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout, tensor.is_contiguous()
+
+
+def _guard(tensors: list[Tensor]) -> Any:
+    """What torch.compile compares metadata with, four times as fast as reading it; None where torch has it no more.
+
+    It is not public. It is stricter than ``_facts``, so that what it accepts needs no other look.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    except Exception:
+        return None
+
+
+def _values_of(names: Sequence[str]) -> Callable[[Group], tuple[Any, ...]]:
+    if len(names) == 1:
+        return lambda group: (group[names[0]],)
+    return itemgetter(*names)
+
+
+def _constant(values: tuple[Any, ...]) -> bool:
+    """Whether the same objects are the same values: none can be written in place."""
+    return not any(isinstance(value, (list, Tensor)) for value in values)
+
+
+def _starts(lengths: Iterable[int]) -> list[int]:
+    return [0, *accumulate(lengths)][:-1]
+
+
+def _flat(lists: Iterable[Iterable[Any]]) -> list[Any]:
+    return list(chain.from_iterable(lists))
+
+
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether both hold the very same objects in the same order."""
+    return len(a) == len(b) and all(map(is_, a, b))

@@ -1,0 +1,61 @@
+"""Which sums of p^2 in a plan's scratch still hold: those of parameters that nobody has written since the last step.
+
+RMS(p) would cost one more pass over every parameter. The apply phase has the new values at hand and leaves the sums of
+their squares for the next step (docs/decisions/0009-carried-squares.md). This class says where they are still right, as
+far as the host can know; the kernels look at a sample of the elements besides (``a8_fingerprint``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from a8multi.loader.structs import TensorFlag
+
+_KNOWN = int(TensorFlag.SQUARES_KNOWN)
+
+
+class CarriedSquares:
+    """The sums of one plan.
+
+    Args:
+        params: of the plan, in its order.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._params = params
+        # After a step: version and address of each parameter, and the flags that they would earn.
+        self._left: tuple[list[int], list[int], np.ndarray] | None = None
+        self._seen: tuple[list[int], list[int]] | None = None
+
+    def flags(self, addresses: list[int]) -> np.ndarray | int:
+        """``a8_tensor.flags`` of every parameter, for a step that is about to run on the scratch.
+
+        Args:
+            addresses: of the parameters now.
+        """
+        versions = [param._version for param in self._params]
+        self._seen = versions, addresses
+        if self._left is None:
+            return 0
+        old_versions, old_addresses, flags = self._left
+        self._left = None  # a step that fails leaves nothing
+        if versions == old_versions and addresses == old_addresses:
+            return flags
+        same = np.array(versions, np.int64) == np.array(old_versions, np.int64)
+        same &= np.array(addresses, np.uint64) == np.array(old_addresses, np.uint64)
+        return np.where(same, flags, 0)
+
+    def leave(self, scaled: np.ndarray) -> None:
+        """The step has run, and every parameter's version is to be one higher than it was.
+
+        Args:
+            scaled: bool, for each parameter: its hyper-parameters asked for RMS(p), so that the sums were left.
+        """
+        # Not seen: the backend did not use the scratch.
+        if self._seen is not None:
+            versions, addresses = self._seen
+            self._left = [version + 1 for version in versions], addresses, np.where(scaled, _KNOWN, 0)
+        self._seen = None
