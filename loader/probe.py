@@ -129,6 +129,20 @@ def cuda(driver: str | None = None, minimum_driver: int = MINIMUM_DRIVER) -> Cud
     return CudaReport(True, name, version, devices)
 
 
+def driver_version(driver: str | None = None) -> int:
+    """Newest CUDA version that the driver supports, 1000 * major + 10 * minor; 0 when it cannot be asked. Never raises.
+
+    Unlike ``cuda`` it does not initialise the driver: the process may still fork.
+
+    Args:
+        driver: library to ask instead of the system's.
+    """
+    try:
+        return _version(_open_driver(driver or driver_name()))
+    except _ProbeError:
+        return 0
+
+
 def _open_driver(name: str) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(name)

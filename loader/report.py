@@ -10,7 +10,7 @@ from typing import Any
 from a8multi import settings
 from a8multi.errors import A8MultiError, LibraryError
 
-from . import library, probe, search
+from . import compatibility, library, probe, search
 from .structs import Op
 
 
@@ -18,19 +18,17 @@ def collect() -> dict[str, Any]:
     """Everything the loader knows about this machine, as JSON-compatible data. Never raises.
 
     Keys: ``ok`` (the CPU library loads), ``python``, ``system``, ``libraries`` (by backend: ``loaded``, ``path``,
-    ``info``, ``reason``, ``attempts``), ``cpu`` and ``cuda`` (``probe.CpuReport``, ``probe.CudaReport``), ``settings``.
+    ``info``, ``reason``, ``attempts``), ``cpu`` and ``cuda`` (``probe.CpuReport``, ``probe.CudaReport``; each of its
+    devices also has ``library_reason``, why the CUDA library that loaded cannot run there, or None), ``settings``.
     """
     libraries = {backend: _library(backend) for backend in search.LIBRARIES}
-    info = libraries["cuda"]["info"]
-    # A library built by toolkit N runs on every driver of the same major version (minor version compatibility).
-    minimum = info["toolkit"] // 1000 * 1000 if info else 0
     return {
         "ok": libraries["cpu"]["loaded"],
         "python": f"{sys.implementation.name} {platform.python_version()}",
         "system": platform.platform(),
         "libraries": libraries,
         "cpu": dataclasses.asdict(probe.cpu()),
-        "cuda": dataclasses.asdict(probe.cuda(minimum_driver=max(minimum, probe.MINIMUM_DRIVER))),
+        "cuda": _cuda(libraries["cuda"]),
         "settings": [dataclasses.asdict(row) for row in settings.describe()],
     }
 
@@ -48,6 +46,21 @@ def _library(backend: str) -> dict[str, Any]:
     info["ops"] = [op.name for op in Op if op & found.info.ops]
     row.update(loaded=True, path=str(found.path), info=info, attempts=[a._asdict() for a in found.attempts])
     return row
+
+
+def _cuda(library_row: dict[str, Any]) -> dict[str, Any]:
+    cuda = dataclasses.asdict(probe.cuda())
+    info = library_row["info"]
+    for device in cuda["devices"]:
+        device["library_reason"] = info and compatibility.misfit(
+            library_row["path"],
+            device["name"],
+            toolkit=info["toolkit"],
+            driver=cuda["driver_version"],
+            architectures=info["architectures"],
+            capability=device["compute_capability"],
+        )
+    return cuda
 
 
 def text(report: dict[str, Any]) -> str:
@@ -70,6 +83,8 @@ def text(report: dict[str, Any]) -> str:
         major, minor = device["compute_capability"]
         memory = device["total_memory_bytes"] / 2**30
         lines.append(f"  device {device['index']}: {device['name']}, sm_{major}{minor}, {memory:.1f} GiB")
+        if device["library_reason"]:
+            lines.append(f"    the CUDA library cannot run here: {device['library_reason']}")
     lines.append("settings:")
     for row in report["settings"]:
         value = "unset" if row["value"] is None else repr(row["value"])

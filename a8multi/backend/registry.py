@@ -8,11 +8,13 @@ reason; a forced choice that cannot run raises.
 from __future__ import annotations
 
 import importlib
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ import torch
 from a8multi import settings
 from a8multi.errors import A8MultiError, BackendUnavailable, LibraryError, LibraryNotFound, SettingError
 
+from . import devices
 from .base import Backend, BackendReport
 
 
@@ -43,6 +46,8 @@ BACKENDS = (
 )
 
 _loaded: dict[str, Any] = {}  # name -> the backend, or the error that says why there is none
+_misfits: dict[tuple[str, torch.device], str | None] = {}
+_chosen: dict[tuple[object, ...], Backend] = {}
 _told: set[str] = set()
 _lock = threading.Lock()
 _override: ContextVar[tuple[str, ...] | None] = ContextVar("a8multi_backend", default=None)
@@ -73,17 +78,40 @@ def _refusal(entry: _Entry, device: torch.device, op: str) -> str | None:
     if not _serves(entry, device):
         return f"it serves {' and '.join(entry.devices)} tensors, not {device.type}"
     try:
-        report = _load(entry).report()
+        backend = _load(entry)
+        report = backend.report()
     except SettingError:
         raise
     except LibraryError as error:
         # A library that the user named must load: another backend in its place would hide that it does not.
-        if settings.library_path() and not isinstance(error, LibraryNotFound):
+        if _user_named(error):
             raise
         return str(error)
     except A8MultiError as error:
         return str(error)
+    if reason := _misfit(entry, backend, device):
+        return reason
     return None if op in report.ops else f"it does not offer {op} (it offers {', '.join(report.ops)})"
+
+
+def _user_named(error: LibraryError) -> bool:
+    """Whether A8MULTI_LIBRARY_PATH names the file at fault, or the directory that holds it."""
+    path = Path(error.path)
+    # A directory need not hold every library: what is not found in it is no fault of the directory's.
+    places = {path} if isinstance(error, LibraryNotFound) else {path, path.parent}
+    return any(Path(entry).absolute() in places for entry in settings.library_path())
+
+
+def _misfit(entry: _Entry, backend: Any, device: torch.device) -> str | None:
+    """Why what the backend compiled cannot run on this device; None when it can, or compiles nothing for devices."""
+    if device.type != "cuda" or not entry.devices:
+        return None
+    if device.index is None:  # whichever is current, another one the next time
+        return devices.misfit(backend, device)
+    key = entry.name, device
+    if key not in _misfits:
+        _misfits[key] = devices.misfit(backend, device)
+    return _misfits[key]
 
 
 def _forced() -> tuple[str, ...] | None:
@@ -101,6 +129,20 @@ def backend_for(device: torch.device | str, op: str = "adam") -> Backend:
         SettingError: A8MULTI_BACKEND holds an unknown name.
     """
     device = torch.device(device)
+    # Every step asks: an answer stands while nothing changes that it depends on.
+    environment = tuple(os.environ.get(one.name) for one in (settings.BACKEND, settings.CPU_ISA, settings.LIBRARY_PATH))
+    key = (device, op, _override.get(), *environment)
+    if key not in _chosen:
+        backend, refused = _choose(device, op)
+        _tell(device, op, backend.name, refused)
+        if device.type != "cuda" or device.index is not None:  # else whichever is current, another one the next time
+            _chosen[key] = backend
+        return backend
+    return _chosen[key]
+
+
+def _choose(device: torch.device, op: str) -> tuple[Backend, list[tuple[str, str]]]:
+    """``backend_for``, and the backends (name, reason) that were asked before and refused."""
     forced = _forced()
     rows = [row for name in forced for row in BACKENDS if row.name == name] if forced else BACKENDS
     refused: list[tuple[str, str]] = []
@@ -112,8 +154,7 @@ def backend_for(device: torch.device | str, op: str = "adam") -> Backend:
             backend: Backend = _load(row)
             if hasattr(backend, "check"):
                 backend.check()
-            _tell(device, op, row.name, refused)
-            return backend
+            return backend, refused
         refused.append((row.name, reason))
     tried = "\n".join(f"  {name}: {reason}" for name, reason in refused)
     raise BackendUnavailable(
@@ -159,20 +200,31 @@ def use_backend(*names: str) -> Iterator[None]:
         _override.reset(token)
 
 
-def backends() -> list[BackendReport]:
-    """A report of every backend, whether it can run here or not."""
-    reports = []
-    for row in BACKENDS:
-        try:
-            report = _load(row).report()
-        except A8MultiError as error:
-            report = BackendReport(row.name, False, str(error))
-        reports.append(replace(report, devices=row.devices))
-    return reports
+def backends(device: torch.device | str | None = None) -> list[BackendReport]:
+    """A report of every backend, whether it can run here or not.
+
+    Args:
+        device: the one to run on; None: any of this machine, so that a library that fits some of its CUDA devices
+            counts as available, and its report names the others.
+    """
+    return [_report(row, None if device is None else torch.device(device)) for row in BACKENDS]
+
+
+def _report(row: _Entry, device: torch.device | None) -> BackendReport:
+    try:
+        backend = _load(row)
+        report: BackendReport = replace(backend.report(), devices=row.devices)
+    except A8MultiError as error:
+        return BackendReport(row.name, False, str(error), devices=row.devices)
+    places = devices.cuda_devices() if device is None else (device,)
+    reasons = [reason for place in places if (reason := _misfit(row, backend, place))]
+    if reasons and len(reasons) == len(places):
+        return replace(report, available=False, reason="\n".join(reasons))
+    return replace(report, detail="; ".join([report.detail, *reasons]))
 
 
 def explain() -> str:
-    """``backends()`` as text, and which backend each kind of device gets, with the reason."""
+    """``backends()`` as text, and which backend each device gets, with what the preferred ones lack."""
     lines = ["Backends, in order of automatic choice:"]
     for report in backends():
         state = "available" if report.available else "not available"
@@ -184,10 +236,12 @@ def explain() -> str:
         lines.append(f"Choice: {'forced to ' + ', '.join(forced) if forced else 'automatic'}")
     except SettingError as error:
         lines.append(f"Choice: none. {error}")
-    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+    for device in (torch.device("cpu"), *devices.cuda_devices()):
         for op in ("adam", "adafactor", "codec"):
             try:
-                lines.append(f"  {op} on {device}: {backend_for(device, op).name}")
+                backend, refused = _choose(device, op)
+                lines.append(f"  {op} on {device}: {backend.name}")
+                lines.extend(f"    not {name}: {reason.partition(chr(10))[0]}" for name, reason in refused)
             except A8MultiError as error:
                 lines.append(f"  {op} on {device}: none")
                 lines.extend(f"    {line}" for line in str(error).splitlines())
@@ -197,5 +251,5 @@ def explain() -> str:
 def reset() -> None:
     """Forget what was probed, so that changed settings are seen. For tests and notebooks."""
     with _lock:
-        _loaded.clear()
-        _told.clear()
+        for memory in (_loaded, _misfits, _chosen, _told):
+            memory.clear()

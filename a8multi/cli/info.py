@@ -41,13 +41,12 @@ def collect() -> dict[str, Any]:
     from a8multi.backend import backends, explain
     from a8multi.cli.system import devices, versions
 
-    reports = backends()
-    found = [_device(name, description, reports) for name, description in devices()]
+    found = [_device(name, description, backends(name)) for name, description in devices()]
     return {
         "document": DOCUMENT_VERSION,
         "passed": all(test["passed"] for device in found for test in device["self_tests"]),
         "versions": versions(),
-        "backends": [asdict(backend) for backend in reports],
+        "backends": [asdict(backend) for backend in backends()],
         "explain": explain(),
         "devices": found,
         "environment": [asdict(row) for row in settings.describe()],
@@ -74,7 +73,7 @@ def why(device: str, chosen: dict[str, str | None], reports: list[BackendReport]
     Args:
         device: as torch.device takes it.
         chosen: the backend's name by operation; None where none could be had.
-        reports: of every backend, in order of preference.
+        reports: of every backend on this device, in order of preference.
     """
     from a8multi import settings
 

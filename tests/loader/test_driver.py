@@ -72,6 +72,12 @@ def test_minimum_driver_is_the_callers(build: Build) -> None:
     assert not probe.cuda(path, minimum_driver=13020).available
 
 
+def test_the_version_alone_does_not_initialise_the_driver(build: Build, tmp_path: Path) -> None:
+    """So that a process may still fork after it was asked: the stub traps where it is initialised."""
+    assert probe.driver_version(str(build("driver", "STUB_INIT_TRAPS", name=NAME))) == 13010
+    assert probe.driver_version(str(tmp_path / NAME)) == 0
+
+
 @pytest.mark.parametrize(("platform", "name"), [("linux", NAME), ("win32", "nvcuda.dll")])
 def test_driver_name(platform: str, name: str) -> None:
     assert probe.driver_name(platform) == name

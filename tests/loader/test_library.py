@@ -55,7 +55,7 @@ def test_load(build: Build, use: Use) -> None:
         isa_built=("baseline", "avx2", "avx512"),
         isa_usable=("baseline", "avx2"),
         isa_best="avx2",
-        architectures="75 90",
+        architectures="sm_75 sm_90",
         toolkit=12080,
         chunk=16384,
         tile_rows=512,

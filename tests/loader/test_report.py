@@ -12,6 +12,7 @@ import pytest
 import a8multi.loader
 from a8multi import settings
 from a8multi.loader import __main__ as command
+from a8multi.loader import probe, report, search
 
 Build = Callable[..., Path]
 Use = Callable[..., None]
@@ -59,21 +60,30 @@ def test_invalid_settings_are_reported_not_raised(
     assert "A8MULTI_CPU_ISA='sse2' is not valid" in capsys.readouterr().out
 
 
-def test_a_minimum_driver_follows_from_the_cuda_library(
-    build: Build, use: Use, monkeypatch: pytest.MonkeyPatch
+def test_devices_that_the_cuda_library_does_not_fit(
+    build: Build, use: Use, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from a8multi.loader import probe, report
+    devices = (probe.CudaDevice(0, "Stub A", (9, 0), 1 << 34), probe.CudaDevice(1, "Stub B", (12, 1), 1 << 34))
+    monkeypatch.setattr(probe, "cuda", lambda: probe.CudaReport(True, "libstub", 13010, devices))
+    use(build("native"), build("native", 'STUB_BACKEND="cuda"', name=search.library_name("cuda")))
+    assert command.main(["--json"]) == 0
+    fits, other = json.loads(capsys.readouterr().out)["cuda"]["devices"]
+    assert fits["library_reason"] is None
+    assert "built for sm_75 sm_90, but Stub B has compute capability 12.1" in other["library_reason"]
+    assert command.main([]) == 0
+    assert (
+        f"  device 1: Stub B, sm_121, 16.0 GiB\n    the CUDA library cannot run here: {other['library_reason']}\n"
+        in (capsys.readouterr().out)
+    )
 
-    asked = []
 
-    def cuda(minimum_driver: int) -> probe.CudaReport:
-        asked.append(minimum_driver)
-        return probe.CudaReport(False, "stub", reason="stub")
-
-    monkeypatch.setattr(probe, "cuda", cuda)
-    use(build("native", 'STUB_BACKEND="cuda"', name="liba8multi_cuda.so"))
-    report.collect()
-    assert asked == [12000]
+def test_a_driver_older_than_the_cuda_library(build: Build, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = (probe.CudaDevice(0, "Stub A", (9, 0), 1 << 34),)
+    monkeypatch.setattr(probe, "cuda", lambda: probe.CudaReport(True, "libstub", 12040, devices))
+    use(build("native", 'STUB_BACKEND="cuda"', "STUB_TOOLKIT=13000", name=search.library_name("cuda")))
+    reason = report.collect()["cuda"]["devices"][0]["library_reason"]
+    assert "CUDA 13.0 toolkit" in reason
+    assert "this driver supports CUDA 12.4" in reason
 
 
 def test_the_command_runs_without_torch_and_numpy(build: Build, use: Use) -> None:

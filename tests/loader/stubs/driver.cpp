@@ -22,7 +22,12 @@ EXPORT int cuDriverGetVersion(int* version) {
   return 0;
 }
 
-EXPORT int cuInit(unsigned) { return STUB_INIT_STATUS; }
+EXPORT int cuInit(unsigned) {
+#if defined(STUB_INIT_TRAPS)
+  __builtin_trap();
+#endif
+  return STUB_INIT_STATUS;
+}
 
 #if !defined(STUB_NO_DEVICE_COUNT)
 EXPORT int cuDeviceGetCount(int* count) {

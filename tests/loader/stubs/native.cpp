@@ -17,6 +17,12 @@
 #ifndef STUB_OPS
 #define STUB_OPS (A8_OP_CODEC | A8_OP_ADAM | A8_OP_ADAFACTOR)
 #endif
+#ifndef STUB_TOOLKIT
+#define STUB_TOOLKIT 12080
+#endif
+#ifndef STUB_ARCHITECTURES
+#define STUB_ARCHITECTURES "sm_75 sm_90"
+#endif
 #ifndef STUB_EXTRA_TENSOR_BYTES
 #define STUB_EXTRA_TENSOR_BYTES 0
 #endif
@@ -50,10 +56,10 @@ A8_EXPORT int32_t a8_get_info(a8_info* info) {
   info->isa_built = 1u << A8_ISA_BASELINE | 1u << A8_ISA_AVX2 | 1u << A8_ISA_AVX512;
   info->isa_usable = 1u << A8_ISA_BASELINE | 1u << A8_ISA_AVX2;
   info->isa_best = A8_ISA_AVX2;
-  info->toolkit = 12080;
+  info->toolkit = STUB_TOOLKIT;
   strcpy(info->backend, STUB_BACKEND);
   strcpy(info->version, "9.8.7");
-  strcpy(info->architectures, "75 90");
+  strcpy(info->architectures, STUB_ARCHITECTURES);
   return A8_OK;
 }
 #endif

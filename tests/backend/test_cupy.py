@@ -1,0 +1,36 @@
+"""What the cupy backend asks CuPy to compile. A GPU runs it: see the `backend` fixture; here CuPy only takes notes."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+from kernel_sources import entry_files, kernels_of
+
+from a8multi.backend import cupy as cupy_backend
+from a8multi.loader import flatten
+
+
+def test_every_kernel_that_is_asked_for_is_in_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {flatten(entry) for entry in entry_files()}
+    asked = []
+
+    class RawModule:
+        def __init__(self, code: str, options: tuple[str, ...], **_: Any) -> None:
+            assert code in texts
+            assert {"-fmad=false", "-ftz=true", "-prec-div=true", "-prec-sqrt=true"} <= set(options)
+            self._code = code
+
+        def get_function(self, name: str) -> str:
+            assert name in kernels_of(self._code)
+            asked.append(name)
+            return name
+
+    module = ModuleType("cupy")
+    module.RawModule = RawModule  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    monkeypatch.setattr(cupy_backend, "require_cuda", lambda: None)
+    assert set(cupy_backend.CupyBackend()._kernels.values()) == set(asked)
+    assert asked
