@@ -189,8 +189,8 @@ A8_FN float a8_average(const a8_hyper* h, float average, float x) {
   return h->beta2 * average + h->one_minus_beta2 * x;
 }
 
-// Of the bits of a chunk's elements 0, A8_SAMPLE, 2 * A8_SAMPLE, ... as they are stored: enough to notice a parameter that
-// was exchanged behind autograd's back (param.data.copy_ does not count as a write). Starts at the chunk's length.
+// Of the bits of a chunk's first A8_SAMPLES elements as they are stored: enough to notice a parameter that was exchanged
+// behind autograd's back (param.data.copy_ does not count as a write). Starts at the chunk's length.
 A8_FN uint32_t a8_fingerprint(uint32_t fingerprint, uint32_t bits) { return (fingerprint ^ bits) * 0x01000193u; }
 
 // 1 / sqrt(v), at most 1 / eps: the reciprocal root of max(v, eps^2), for elements, row means and column means alike.
