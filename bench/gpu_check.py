@@ -6,54 +6,34 @@ Receives paths of both libraries; exits non-zero when a byte differs. Run by ben
 from __future__ import annotations
 
 import argparse
-import ctypes
 import itertools
 import json
-import os
-import statistics
+import math
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import gpu_adafactor
 import torch
+from gpu_common import (
+    ARRAYS,
+    CHUNK,
+    FORMATS,
+    SETS,
+    TORCH,
+    Library,
+    Shape,
+    copy_bandwidth,
+    differences,
+    float_type,
+    gradient,
+    median_ms,
+    moment_bytes,
+    random_params,
+)
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from loader.structs import Batch, Chunk, Codec, Dtype, Exec, Flag, Format, Hyper, Info, Tensor
-
-CHUNK = 16384
-TORCH = {Dtype.F32: torch.float32, Dtype.BF16: torch.bfloat16, Dtype.F16: torch.float16}
-FORMATS = {"f32": Format.STATE_F32, "bf16": Format.STATE_BF16, "int8": Format.INT8, "nf4": Format.NF4}
-FORMATS["log8"] = Format.LOG8
-ARRAYS = ("param", "first", "first_block", "second", "second_block")
-
-
-class Library:
-    """One native library and where its arrays live."""
-
-    def __init__(self, path: str, device: str) -> None:
-        self.path, self.device = path, torch.device(device)
-        self.native = ctypes.CDLL(os.path.abspath(path))
-        self.native.a8_last_error.restype = ctypes.c_char_p
-        self.info = Info()
-        self.check(self.native.a8_get_info(ctypes.byref(self.info)))
-
-    def check(self, status: int) -> None:
-        if status:
-            raise RuntimeError(f"{self.path}: status {status}: {self.native.a8_last_error().decode()}")
-
-    def exec(self) -> Exec:
-        if self.device.type == "cpu":
-            return Exec(device=-1, threads=torch.get_num_threads())
-        return Exec(device=self.device.index or 0, stream=torch.cuda.current_stream().cuda_stream)
-
-    def run(self, entry: str, argument: ctypes.Structure) -> None:
-        execution = self.exec()
-        self.check(getattr(self.native, entry)(ctypes.byref(execution), ctypes.byref(argument)))
-
-    def upload(self, table: ctypes.Array) -> torch.Tensor:
-        """The table's bytes where this library reads them; keep the result alive until the call has run."""
-        return torch.frombuffer(bytearray(bytes(table)), dtype=torch.uint8).to(self.device)
+from loader.structs import Batch, Chunk, Codec, Dtype, Flag, Format, Hyper, Tensor
 
 
 @dataclass
@@ -78,16 +58,12 @@ class Case:
         def blocks(size: int) -> int:
             return -(-self.numel // size)
 
-        def moment(name: str) -> int:
-            per = {"f32": 4.0, "bf16": 2.0, "int8": 1.0, "log8": 1.0, "nf4": 0.5}[name]
-            return -int(-self.numel * per // 1)
-
         return {
             "param": self.numel * TORCH[self.param].itemsize,
             "grad": self.numel * TORCH[self.grad].itemsize,
-            "first": moment(self.first),
+            "first": moment_bytes(self.first, self.numel),
             "first_block": 4 * blocks(self.first_block) if self.first in ("int8", "nf4") else 0,
-            "second": moment(self.second),
+            "second": moment_bytes(self.second, self.numel),
             "second_block": 8 * blocks(self.second_block) if self.second == "log8" else 0,
         }
 
@@ -183,48 +159,20 @@ def cases() -> list[Case]:
     return found
 
 
-def gradient(case: Case, generator: torch.Generator, step: int) -> torch.Tensor:
-    """Blocks of very different sizes, some all zero; the last steps of the largest scales hold infinities and NaN."""
-    blocks = -(-case.numel // 64)
-    spread = torch.exp(2 * torch.randn(blocks, 1, generator=generator)) * case.scale
-    spread[torch.rand(blocks, 1, generator=generator) < 0.1] = 0
-    g = (torch.randn(blocks, 64, generator=generator) * spread).flatten()[: case.numel].clone()
-    if case.scale == 1e18 and step > 90 and case.numel > 5000:
-        g[3000], g[5000] = float("inf"), float("nan")
-    return g.to(TORCH[case.grad])
-
-
-def differences(case: Case, name: str, a: torch.Tensor, b: torch.Tensor) -> int:
-    """Bytes that differ; two NaN parameters count as equal, whatever their payloads and signs."""
-    wide = {"param": case.param, "first": Dtype.F32, "second": Dtype.F32, "first_block": Dtype.F32}
-    fmt = case.first if name == "first" else case.second if name == "second" else ""
-    differ = a != b
-    if differ.any() and (name in ("param", "first_block") or fmt in ("f32", "bf16")):
-        dtype = torch.bfloat16 if fmt == "bf16" else TORCH[wide[name]]
-        both = a.clone().view(dtype).isnan() & b.clone().view(dtype).isnan()
-        differ &= ~both.repeat_interleave(dtype.itemsize)
-    return int(differ.sum())
-
-
 def check_adam(cpu: Library, cuda: Library, steps: int) -> int:
     generator = torch.Generator().manual_seed(0)
     todo = cases()
-    params = []
-    for case in todo:
-        p = torch.randn(case.numel, generator=generator) * 0.02
-        p[torch.rand(case.numel, generator=generator) < 0.2] = 0
-        p[torch.rand(case.numel, generator=generator) < 0.1] *= -1  # -0 too
-        params.append(p.to(TORCH[case.param]))
+    params = random_params([case.numel for case in todo], [case.param for case in todo], generator)
     runs = [Run(library, todo, params) for library in (cpu, cuda)]
     for step in range(1, steps + 1):
-        grads = [gradient(case, generator, step) for case in todo]
+        grads = [gradient(case.numel, case.grad, case.scale, generator, step) for case in todo]
         for run in runs:
             run.step(hypers_of(step), grads)
         torch.cuda.synchronize()
     wrong = 0
     for case, a, b in zip(todo, runs[0].arrays, runs[1].arrays, strict=True):
         for name in ARRAYS:
-            count = differences(case, name, a[name], b[name].cpu())
+            count = differences(a[name], b[name].cpu(), float_type(name, case.param, case.first, case.second))
             if count:
                 wrong += 1
                 if wrong <= 12:
@@ -282,44 +230,18 @@ def check_large(cuda: Library) -> int:
     return int(wrong)
 
 
-def tinyllama() -> list[int]:
-    layer = [2048 * 2048, 256 * 2048, 256 * 2048, 2048 * 2048, 5632 * 2048, 5632 * 2048, 2048 * 5632, 2048, 2048]
-    return [32000 * 2048, *layer * 22, 2048, 32000 * 2048]
-
-
-def lora() -> list[int]:
-    return [16 * 4096] * (32 * 7 * 2)
-
-
-def vit_s() -> list[int]:
-    layer = [1152 * 384, 1152, 384 * 384, 384, 1536 * 384, 1536, 384 * 1536] + [384] * 5
-    return [384 * 768, 197 * 384, 384, *layer * 12, 1000 * 384, 1000]
-
-
-def median_ms(call, repeats: int) -> float:
-    for _ in range(4):
-        call()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        times.append((start, end))
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in times)
-
-
 def time_set(
-    name: str, sizes: list[int], dtype: Dtype, libraries: list[Library], bandwidth: float, repeats: int
+    name: str, shapes: list[Shape], dtype: Dtype, libraries: list[Library], bandwidth: float, repeats: int
 ) -> dict:
+    sizes = [math.prod(shape) for shape in shapes]
+
     def case(n: int) -> Case:
         quantised = n >= 4096
         return Case(n, dtype, dtype, "int8" if quantised else "f32", "log8" if quantised else "f32")
 
     todo = [case(n) for n in sizes]
     total = sum(sizes)
-    row: dict = {"set": name, "dtype": dtype.name, "tensors": len(sizes), "params": total}
+    row: dict = {"set": name, "rule": "adamw", "dtype": dtype.name, "tensors": len(sizes), "params": total}
     moved = sum(2 * sum(c.sizes().values()) - c.sizes()["grad"] for c in todo)
     row["bytes_per_param"] = moved / total
     row["floor_ms"] = moved / bandwidth * 1e3
@@ -349,13 +271,6 @@ def time_set(
     return row
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a plain copy of 4 GiB."""
-    a = torch.randint(0, 255, (2**32,), dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    return 2 * a.numel() / median_ms(lambda: b.copy_(a), 15) * 1e3
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cpu", help="liba8multi_cpu to compare with; without it nothing is compared")
@@ -363,6 +278,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--only", default="", help="time the sets whose name and type contain this, as in vit-s/F32")
+    parser.add_argument("--rule", choices=("adamw", "adafactor"), help="check and time this one only")
     parser.add_argument("--no-timing", action="store_true")
     parser.add_argument("--json", help="where to write the timings")
     options = parser.parse_args()
@@ -373,21 +289,26 @@ def main() -> int:
     wrong = 0
     if options.cpu:
         cpu = Library(options.cpu, "cpu")
-        wrong += check_codec(cpu, libraries[0])
-        wrong += check_adam(cpu, libraries[0], options.steps)
-        wrong += check_large(libraries[0])
+        if options.rule != "adafactor":
+            wrong += check_codec(cpu, libraries[0])
+            wrong += check_adam(cpu, libraries[0], options.steps)
+            wrong += check_large(libraries[0])
+        if options.rule != "adamw":
+            wrong += gpu_adafactor.check(cpu, libraries[0], options.steps)
     if not options.no_timing:
         bandwidth = copy_bandwidth()
         print(f"copy {bandwidth / 1e12:.3f} TB/s")
-        sets = [("tinyllama-1.1b", tinyllama(), Dtype.BF16), ("tinyllama-1.1b", tinyllama(), Dtype.F32),
-                ("lora-r16-7b", lora(), Dtype.BF16), ("vit-s", vit_s(), Dtype.F32)]  # fmt: skip
-        rows = []
-        for name, sizes, dtype in sets:
+        rows: list[dict] = []
+        for name, shapes, dtype in SETS:
             if options.only not in f"{name}/{dtype.name}":
                 continue
-            rows.append(time_set(name, sizes, dtype, libraries, bandwidth, options.repeats))
-            cells = (f"{k} {v:.3f}" if isinstance(v, float) else str(v) for k, v in rows[-1].items())
-            print("  ".join(cells), flush=True)
+            found = len(rows)
+            if options.rule != "adafactor":
+                rows.append(time_set(name, shapes, dtype, libraries, bandwidth, options.repeats))
+            if options.rule != "adamw":
+                rows += gpu_adafactor.time_set(name, shapes, dtype, libraries[0], bandwidth, options.repeats)
+            for row in rows[found:]:
+                print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else str(v) for k, v in row.items()), flush=True)
         if options.json:
             Path(options.json).write_text(json.dumps({"copy": bandwidth, "rows": rows}, indent=1))
     return 1 if wrong else 0

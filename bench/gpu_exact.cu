@@ -1,17 +1,21 @@
 // Compares native/cuda/kernels/exact.cuh with the compiler's correctly rounded operations on this device: square root,
-// reciprocal and division by 127 for every float of their ranges, division for 2^33 random pairs. Run by bench/gpu.sh.
+// its reciprocal, reciprocal and division by 127 for every float of their ranges, division for 2^33 random pairs. Run by bench/gpu.sh.
 #include <cstdio>
 
 #include "adam_fast.cuh"
 
-enum Operation { kSqrt, kReciprocal, kDiv127, kDiv, kOperations };
-static const char* const kNames[] = {"sqrt", "1 / step", "a / 127", "a / b"};
+enum Operation { kSqrt, kReciprocalRoot, kReciprocal, kDiv127, kDiv, kOperations };
+static const char* const kNames[] = {"sqrt", "1 / sqrt", "1 / step", "a / 127", "a / b"};
 
 __device__ bool same(int operation, unsigned long long i) {
   switch (operation) {
     case kSqrt: {
       float x = a8_float((uint32_t)i + (27u << 23));  // 2^-100 upwards
       return a8_bits(a8_exact_sqrt(x)) == a8_bits(a8_sqrt(x));
+    }
+    case kReciprocalRoot: {
+      float x = a8_float((uint32_t)i + (27u << 23));
+      return a8_bits(a8_exact_reciprocal_root(x)) == a8_bits(a8_div(1.0f, a8_sqrt(x)));
     }
     case kReciprocal: {
       float step = (float)(i + 1);
@@ -42,7 +46,7 @@ __global__ void compare(int operation, unsigned long long count, unsigned long l
 }
 
 int main() {
-  const unsigned long long counts[] = {200ull << 23, 1ull << 23, 200ull << 23, 1ull << 33};
+  const unsigned long long counts[] = {200ull << 23, 200ull << 23, 1ull << 23, 200ull << 23, 1ull << 33};
   unsigned long long *wrong, host[kOperations];
   if (cudaMalloc(&wrong, sizeof host) != cudaSuccess || cudaMemset(wrong, 0, sizeof host) != cudaSuccess) return 2;
   for (int operation = 0; operation < kOperations; ++operation)
@@ -54,7 +58,7 @@ int main() {
   }
   int status = 0;
   for (int operation = 0; operation < kOperations; ++operation) {
-    printf("exact %-8s %llu wrong of %llu\n", kNames[operation], host[operation], counts[operation]);
+    printf("exact %-10s %llu wrong of %llu\n", kNames[operation], host[operation], counts[operation]);
     status |= host[operation] != 0;
   }
   return status;

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from a8multi.errors import BackendUnavailable
-from a8multi.loader import flatten, geometry
+from a8multi.loader import flatten, geometry, structs
 from a8multi.plan import StepPlan
 from a8multi.quant.formats import StateFormat
 
@@ -28,6 +28,13 @@ from .native import require_cuda
 # As CMakeLists.txt builds the library, so that the bits are the same.
 _OPTIONS = ("--std=c++17", "-fmad=false", "-ftz=true", "-prec-div=true", "-prec-sqrt=true")
 _MAX_GRID = 8192  # of the kernels that take any grid
+# Kernels by the file that holds them. A file is compiled when one of its kernels is first wanted.
+_KERNELS = {
+    "adam": ("adam",),
+    "adafactor": tuple(f"adafactor_{part}" for part in ("reduce", "means", "factors", "norm", "totals", "apply")),
+    "codec": ("quantize", "dequantize"),
+}
+_FILES = {name: f"cuda/kernels/{file}.cuh" for file, names in _KERNELS.items() for name in names}
 
 
 class _TorchStream:
@@ -44,7 +51,7 @@ class CupyBackend:
     """The kernels that ``loader.sources`` finds, compiled for each device when it first runs one."""
 
     name = "cupy"
-    ops = ("codec", "adam")
+    ops = ("codec", "adam", "adafactor")
 
     def __init__(self) -> None:
         require_cuda()
@@ -55,6 +62,8 @@ class CupyBackend:
                 f"CuPy cannot be imported: {error}. Install the one for your CUDA version: pip install cupy-cuda13x"
             ) from error
         self._cupy = cupy
+        self._modules: dict[str, Any] = {}
+        self._kernels: dict[str, Any] = {}
 
     def report(self) -> BackendReport:
         detail = f"NVRTC {'.'.join(map(str, self._cupy.cuda.nvrtc.getVersion()))}"
@@ -64,13 +73,14 @@ class CupyBackend:
     def _threads(self) -> int:
         return geometry()["A8_THREADS"]
 
-    @cached_property
-    def _kernels(self) -> dict[str, Any]:
-        kernels = {}
-        for family, names in (("adam", ("adam",)), ("codec", ("quantize", "dequantize"))):
-            module = self._cupy.RawModule(code=flatten(f"cuda/kernels/{family}.cuh"), options=_OPTIONS)
-            kernels.update({name: module.get_function(f"a8_{name}_kernel") for name in names})
-        return kernels
+    def _kernel(self, name: str) -> Any:
+        """The function ``a8_<name>_kernel``, a name of _KERNELS."""
+        if name not in self._kernels:
+            file = _FILES[name]
+            if file not in self._modules:
+                self._modules[file] = self._cupy.RawModule(code=flatten(file), options=_OPTIONS)
+            self._kernels[name] = self._modules[file].get_function(f"a8_{name}_kernel")
+        return self._kernels[name]
 
     @contextmanager
     def _on(self, device: torch.device) -> Iterator[None]:
@@ -83,10 +93,14 @@ class CupyBackend:
             with stream:
                 yield
 
-    def _launch(self, name: str, device: torch.device, grid: int, struct: ctypes.Structure, *more: np.uint32) -> None:
+    def _run(self, name: str, grid: int, struct: ctypes.Structure, *more: np.generic) -> None:
+        """Launches on the current device and stream."""
         argument = np.frombuffer(bytes(struct), dtype=np.dtype(type(struct)))
+        self._kernel(name)((grid,), (self._threads,), (argument, *more))
+
+    def _launch(self, name: str, device: torch.device, grid: int, struct: ctypes.Structure, *more: np.generic) -> None:
         with self._on(device):
-            self._kernels[name]((grid,), (self._threads,), (argument, *more))
+            self._run(name, grid, struct, *more)
 
     def adam(self, plan: StepPlan, hypers: np.ndarray) -> None:
         batch = marshal.batch_of(plan, hypers)
@@ -94,7 +108,22 @@ class CupyBackend:
         self._launch("adam", plan.device, batch.chunk_count, batch, np.uint32(1))
 
     def adafactor(self, plan: StepPlan, hypers: np.ndarray) -> None:
-        raise BackendUnavailable("the cupy backend offers no adafactor; choose another backend")
+        batch = marshal.batch_of(plan, hypers)
+        scratch = np.uint64(plan.scratch.data_ptr())
+        phases = np.uint32(int(structs.Phase.ALL_PHASES))
+        groups = -(-batch.chunk_count * 32 // self._threads)  # of chunks: a warp each
+        launches: list[tuple[str, int, tuple[np.uint32, ...]]] = [
+            ("reduce", batch.tile_count, ()),
+            ("means", batch.tile_count, (phases,)),
+            ("factors", batch.tile_count, ()),
+            ("norm", groups, ()),
+            ("totals", batch.tensor_count, ()),
+            ("apply", groups, ()),
+        ]
+        with self._on(plan.device):
+            for name, grid, more in launches:
+                if grid:
+                    self._run(f"adafactor_{name}", grid, batch, scratch, *more)
 
     def quantize(
         self,

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "a8/entry.h"
+#include "kernels/adafactor.cuh"
 #include "kernels/adam.cuh"
 #include "kernels/codec.cuh"
 
@@ -102,11 +103,46 @@ int32_t check_batch(const a8_exec* exec, const a8_batch* batch) {
   return A8_OK;
 }
 
+// What the host can see of an Adafactor batch: its tensors are in device memory. Every tensor has two sums and three for each
+// chunk in the scratch, every tile at least one row and one column.
+int32_t check_adafactor(const a8_exec* exec, const a8_batch* batch, uint32_t phases) {
+  if (int32_t status = check_batch(exec, batch)) return status;
+  if (phases & ~(uint32_t)A8_ALL_PHASES) return fail(A8_ERROR_ARGUMENT, "phases 0x%x", phases);
+  if (batch->chunk_count == 0) return A8_OK;
+  if (batch->tile_count > 0x7fffffffu)
+    return fail(A8_ERROR_UNSUPPORTED, "%u tiles: at most 2^31 - 1", batch->tile_count);
+  if (batch->tile_count && (!batch->tiles || !aligned(batch->tiles, 4)))
+    return fail(A8_ERROR_ARGUMENT, "the table of tiles is null or misaligned");
+  int64_t least =
+      4 * (2 * (int64_t)batch->tensor_count + 3 * (int64_t)batch->chunk_count + 2 * (int64_t)batch->tile_count);
+  if (!exec->scratch || !aligned(exec->scratch, 4) || exec->scratch_bytes < least)
+    return fail(A8_ERROR_ARGUMENT, "scratch is null, misaligned, or its %lld bytes are fewer than %lld",
+                (long long)exec->scratch_bytes, (long long)least);
+  return A8_OK;
+}
+
+// The launches of the phases asked for, in order; the first error ends them.
+cudaError_t launch_adafactor(const a8_batch& batch, float* scratch, uint32_t phases, cudaStream_t stream) {
+  uint32_t groups = (batch.chunk_count + A8_WARPS - 1) / A8_WARPS;
+  if (batch.tile_count && phases & A8_REDUCE)
+    a8_adafactor_reduce_kernel<<<batch.tile_count, A8_THREADS, 0, stream>>>(batch, scratch);
+  if (batch.tile_count && phases & (A8_REDUCE | A8_MOMENTS))
+    a8_adafactor_means_kernel<<<batch.tile_count, A8_THREADS, 0, stream>>>(batch, scratch, phases);
+  if (batch.tile_count && phases & A8_MOMENTS)
+    a8_adafactor_factors_kernel<<<batch.tile_count, A8_THREADS, 0, stream>>>(batch, scratch);
+  if (phases & A8_NORM) {
+    a8_adafactor_norm_kernel<<<groups, A8_THREADS, 0, stream>>>(batch, scratch);
+    a8_adafactor_totals_kernel<<<batch.tensor_count, A8_THREADS, 0, stream>>>(batch, scratch);
+  }
+  if (phases & A8_APPLY) a8_adafactor_apply_kernel<<<groups, A8_THREADS, 0, stream>>>(batch, scratch);
+  return cudaGetLastError();  // sticky for launches: the first that failed
+}
+
 }  // namespace
 
 A8_EXPORT int32_t a8_get_info(a8_info* info) {
   a8_message[0] = 0;
-  if (int32_t status = fill_info(info, "cuda", A8_OP_CODEC | A8_OP_ADAM)) return status;
+  if (int32_t status = fill_info(info, "cuda", A8_OP_CODEC | A8_OP_ADAM | A8_OP_ADAFACTOR)) return status;
   info->toolkit = CUDART_VERSION;
   snprintf(info->architectures, sizeof info->architectures, "%s", A8_ARCHITECTURES);
   return A8_OK;
@@ -129,6 +165,9 @@ A8_EXPORT int32_t a8_adam(a8_exec* exec, const a8_batch* batch) {
 
 A8_EXPORT int32_t a8_adafactor(a8_exec* exec, const a8_batch* batch, uint32_t phases) {
   a8_message[0] = 0;
-  (void)exec, (void)batch, (void)phases;
-  return fail(A8_ERROR_UNSUPPORTED, "this CUDA library has no Adafactor; choose another backend for these parameters");
+  if (int32_t status = check_adafactor(exec, batch, phases)) return status;
+  if (batch->chunk_count == 0) return A8_OK;
+  return on_device(exec, "the Adafactor step", [&](cudaStream_t stream) {
+    return launch_adafactor(*batch, static_cast<float*>(exec->scratch), phases, stream);
+  });
 }

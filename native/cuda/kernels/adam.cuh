@@ -66,7 +66,7 @@ A8_FN bool a8_adam_fast(const a8_adam_job& job, a8_fast_room* room, unsigned lon
 extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_AMPERE ? A8_ADAM_RESIDENT : 1)
     a8_adam_kernel(a8_batch batch, uint32_t group) {
   __shared__ union {
-    a8_adam_room general;
+    a8_moment_room general;
     a8_fast_room fast;
   } room;
   __shared__ unsigned long long left[A8_MAX_GROUP];  // units of each chunk that the fast path left

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "adam_general.cuh"
+#include "eight.cuh"
 #include "exact.cuh"
 
 #define A8_FAST_BLOCK 128
@@ -54,56 +55,6 @@ A8_FN void a8_store_eight_codes(char* out, const uint32_t* w) {
     __stcs(reinterpret_cast<uint32_t*>(out), w[0]);
     __stcs(reinterpret_cast<uint32_t*>(out + A8_FAST_BLOCK / 2), w[1]);
   }
-}
-
-template <uint32_t kDtype>
-A8_FN float a8_value(const uint32_t* w, int i) {
-  if (kDtype == A8_F32) return a8_float(w[i]);
-  if (kDtype == A8_BF16) return a8_float(i & 1 ? w[i / 2] & 0xffff0000u : w[i / 2] << 16);
-  float x;  // the same value as a8_from_f16; a NaN loses its payload, as it does in the next operation
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((unsigned short)(i & 1 ? w[i / 2] >> 16 : w[i / 2])));
-  return x;
-}
-
-// Eight values to nearest, packed. The same bits as a8_to_bf16 and a8_to_f16.
-template <uint32_t kDtype>
-A8_FN void a8_pack_eight(const float* x, uint32_t* w) {
-  if (kDtype == A8_F32) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) w[i] = a8_bits(x[i]);
-    return;
-  }
-  bool convert = true;
-#if A8_AMPERE
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (kDtype == A8_BF16)
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w[i]) : "f"(x[2 * i + 1]), "f"(x[2 * i]));
-    else
-      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w[i]) : "f"(x[2 * i + 1]), "f"(x[2 * i]));
-  }
-  // The instruction's NaN is 0x7fff and survives this maximum; the format's has another pattern.
-  uint32_t most = w[0];
-#pragma unroll
-  for (int i = 1; i < 4; ++i) {
-    if (kDtype == A8_BF16)
-      asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(most) : "r"(w[i]));
-    else
-      asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(most) : "r"(w[i]));
-  }
-  convert = (most & 0xffffu) == 0x7fffu || most >> 16 == 0x7fffu;
-#endif
-  if (convert) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) w[i] = a8_to_half(x[2 * i], kDtype) | a8_to_half(x[2 * i + 1], kDtype) << 16;
-  }
-}
-
-// Two integers clamped to bytes, the second lowest, below the low half of `above`.
-A8_FN uint32_t a8_pack_clamped(int32_t high, int32_t low, uint32_t above) {
-  uint32_t packed;
-  asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;" : "=r"(packed) : "r"(high), "r"(low), "r"(above));
-  return packed;
 }
 
 // --- One lane's part of two blocks. ---
@@ -190,23 +141,10 @@ struct a8_fast {
                                                      const float* p) {
     uint32_t out[kParam == A8_F32 ? 8 : 4];
     if (kParam != A8_F32 && (job.flags & A8_STOCHASTIC_WRITE)) {
-      uint32_t words[4], most = 0;
+      uint32_t words[4];
 #pragma unroll
       for (int i = 0; i < 8; i += 2) words[i / 2] = noise(job.write, pair, i);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) most = max(most, a8_magnitude_bits(p[i]));
-      // a8_to_bf16_stochastic, when it has no infinity or NaN to spare: the high half of a sum.
-      bool plain = kParam == A8_BF16 && a8_absmax_finite(most);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        out[i] =
-            __byte_perm(a8_bits(p[2 * i]) + (words[i] & 0xffffu), a8_bits(p[2 * i + 1]) + (words[i] >> 16), 0x7632);
-      if (!plain) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          out[i] = a8_to_half_stochastic(p[2 * i], kParam, words[i] & 0xffffu) |
-                   a8_to_half_stochastic(p[2 * i + 1], kParam, words[i] >> 16) << 16;
-      }
+      a8_pack_eight_stochastic<kParam>(p, words, out);
     } else {
       a8_pack_eight<kParam>(p, out);
     }
@@ -214,24 +152,16 @@ struct a8_fast {
   }
 
   static __device__ __forceinline__ void store_first(const a8_fast_place& at, const float* m, float inverse) {
-    uint32_t code[8], packed[2];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) code[i] = a8_bits(m[i] * inverse + 12582912.0f);  // a8_int8_encode, in the low byte
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      packed[i] = __byte_perm(__byte_perm(code[4 * i], code[4 * i + 1], 0x0040),
-                              __byte_perm(code[4 * i + 2], code[4 * i + 3], 0x0040), 0x5410);
+    uint32_t packed[2];
+    a8_int8_eight(m, inverse, packed);
     a8_store_eight_codes<kRuns>(at.first, packed);
   }
 
   static __device__ __forceinline__ void store_second(const a8_adam_job& job, const a8_fast_place& at, uint32_t pair,
                                                       const float* v, int32_t origin, float inverse_step) {
     float position[8];
-    int32_t code[8];
     uint32_t packed[2];
-    // a8_log8_encode; packing clamps.
-#pragma unroll
-    for (int i = 0; i < 8; ++i) position[i] = (float)((int32_t)a8_bits(v[i]) - origin) * inverse_step;
+    a8_log8_positions(v, origin, inverse_step, position);
     if (job.flags & A8_STOCHASTIC_STATE) {
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
@@ -243,11 +173,7 @@ struct a8_fast {
 #pragma unroll
       for (int i = 0; i < 8; ++i) position[i] = position[i] + A8_LOG8_NEAREST;
     }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) code[i] = __float2int_rz(position[i]);
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      packed[i] = a8_pack_clamped(code[4 * i + 1], code[4 * i], a8_pack_clamped(code[4 * i + 3], code[4 * i + 2], 0u));
+    a8_log8_eight(position, packed);
     a8_store_eight_codes<kRuns>(at.second, packed);
   }
 
@@ -278,7 +204,7 @@ struct a8_fast {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float g = m[i];
-      m[i] = a8_int8_decode((int8_t)(first[i / 4] >> (8 * (i % 4))), scale);
+      m[i] = a8_int8_decode((int32_t)(int8_t)(first[i / 4] >> (8 * (i % 4))), scale);
       m[i] = rule.beta1 * m[i] + one_minus_beta1 * g;
       v[i] = a8_log8_decode(__byte_perm(second[i / 4], 0u, 0x4440u + i % 4), header.x, header.y);
       v[i] = a8_adam_second(&rule, v[i], g);
@@ -316,11 +242,12 @@ struct a8_fast {
     advance(&to, -A8_STAGES);
     store_param(job, to, pair, p);
     store_first(to, m, most_bits == 0 ? 0.0f : a8_exact_div(A8_INT8_LEVELS, most));
-    int32_t lo = a8_log8_lo(low), step = a8_log8_step(lo, (int32_t)high);
-    store_second(job, to, pair, v, a8_log8_origin(lo), a8_exact_reciprocal((float)step));
+    a8_log8_header before = a8_header_before(job.flags & A8_STOCHASTIC_STATE, header.x, header.y);
+    a8_log8_header after = a8_log8_header_of(a8_log8_low(low), (int32_t)high, before);
+    store_second(job, to, pair, v, a8_log8_origin(after.lo), a8_exact_reciprocal((float)after.step));
     if ((threadIdx.x & 15u) == 0) {
       __stcs(reinterpret_cast<float*>(to.first_block), most_bits == 0 ? 0.0f : a8_exact_div_127(most));
-      __stcs(reinterpret_cast<int2*>(to.second_block), make_int2(lo, step));
+      __stcs(reinterpret_cast<int2*>(to.second_block), make_int2(after.lo, after.step));
     }
   }
 

@@ -25,11 +25,11 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS) a8_quantize_kernel(a8_c
     extremes.most = a8_lanes_max<32>(extremes.most);
     extremes.low = a8_lanes_min<32>(extremes.low);
     extremes.high = a8_lanes_max<32>(extremes.high);
-    a8_encoder encoder = a8_store_header(c.blocks, c.format, block, extremes);
+    a8_encoder encoder = a8_store_header(c.blocks, c.format, block, extremes, a8_header_before(false, 0, 1));
     for (int64_t pair = from / 2 + lane; 2 * pair < end; pair += 32) {
       bool both = 2 * pair + 1 < end;
       float2 x = a8_load_pair(c.values, c.dtype, pair, both);
-      uint32_t word = c.stochastic ? a8_noise_word(a8_noise_at(key, (uint64_t)pair), 0) : 0u;
+      uint32_t word = c.stochastic ? a8_noise_word(a8_noise_at(key, (uint64_t)pair), 0u) : 0u;
       float even = c.stochastic ? a8_offset(word & 0xffffu, key.turn) : A8_LOG8_NEAREST;
       float odd = c.stochastic ? a8_offset(word >> 16, key.turn) : A8_LOG8_NEAREST;
       a8_store_codes(c.codes, c.format, pair, both, a8_encode(c.format, x.x, encoder, even, levels),

@@ -5,7 +5,6 @@
 #include "a8/format.h"
 #include "a8/geometry.h"
 
-#define A8_THREADS 256
 #define A8_LANE_MASK 0xffffffffu
 
 // Warp-wide reductions, asynchronous copies, packed conversions. Without them: shuffles, plain loads, a8/math.h.
@@ -186,7 +185,7 @@ A8_FN a8_decoder a8_load_header(const void* headers, uint32_t format, int64_t bl
 A8_FN float a8_decode(uint32_t format, uint32_t code, const a8_decoder& header, const float* levels) {
   if (format == A8_LOG8) return a8_log8_decode(code, header.lo, header.step);
   if (format == A8_NF4) return levels[code] * header.scale;
-  return a8_int8_decode((int8_t)code, header.scale);
+  return a8_int8_decode((int32_t)(int8_t)code, header.scale);
 }
 
 // Extremes of a block as integers. most: a8_magnitude_bits; low: a8_log8_low_key; high: a8_log8_bits.
@@ -214,17 +213,17 @@ typedef struct a8_encoder {
   int32_t origin;
 } a8_encoder;
 
-// Writes the block's header and returns its encoder.
-A8_FN a8_encoder a8_store_header(void* headers, uint32_t format, int64_t block, const a8_extremes& extremes) {
+// Writes the block's header and returns its encoder. before: the header that a log8 block has, {0, 1} for none.
+A8_FN a8_encoder a8_store_header(void* headers, uint32_t format, int64_t block, const a8_extremes& extremes,
+                                 a8_log8_header before) {
   a8_encoder encoder;
   encoder.origin = 0;
   if (format == A8_LOG8) {
-    int32_t lo = a8_log8_lo(extremes.low);
-    int32_t step = a8_log8_step(lo, (int32_t)extremes.high);
-    encoder.origin = a8_log8_origin(lo);
-    a8_at<int32_t>(headers, 2 * block)[0] = lo;
-    a8_at<int32_t>(headers, 2 * block)[1] = step;
-    encoder.inverse = a8_div(1.0f, (float)step);
+    a8_log8_header header = a8_log8_header_of(a8_log8_low(extremes.low), (int32_t)extremes.high, before);
+    encoder.origin = a8_log8_origin(header.lo);
+    a8_at<int32_t>(headers, 2 * block)[0] = header.lo;
+    a8_at<int32_t>(headers, 2 * block)[1] = header.step;
+    encoder.inverse = a8_div(1.0f, (float)header.step);
   } else {
     float levels = format == A8_INT8 ? A8_INT8_LEVELS : 1.0f;
     *a8_at<float>(headers, block) = a8_absmax_scale(extremes.most, levels);
@@ -232,6 +231,12 @@ A8_FN a8_encoder a8_store_header(void* headers, uint32_t format, int64_t block, 
         a8_absmax_finite(extremes.most) ? a8_absmax_inverse(extremes.most, levels) : a8_float(0x7fc00000u);
   }
   return encoder;
+}
+
+// What a step gives a8_store_header as the header before: only stochastic rounding keeps a grid.
+A8_FN a8_log8_header a8_header_before(bool stochastic, int32_t lo, int32_t step) {
+  a8_log8_header header = {stochastic ? lo : 0, stochastic ? step : 1};
+  return header;
 }
 
 A8_FN uint32_t a8_encode(uint32_t format, float x, const a8_encoder& encoder, float offset, const float* levels) {

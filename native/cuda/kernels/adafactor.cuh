@@ -1,0 +1,119 @@
+// a8_adafactor of abi.h: one step of Adafactor over a table of tensors, in six launches for the whole of it.
+//
+// reduce -> means -> factors -> norm -> totals -> apply; the phases of abi.h are reduce (with the first half of means),
+// moments (its second half, and factors), norm (with totals) and apply. They meet in the scratch.
+#pragma once
+
+#include "adafactor_apply.cuh"
+#include "adafactor_general.cuh"
+#include "adafactor_norm.cuh"
+#include "adafactor_reduce.cuh"
+
+// Sums of g^2 of every tile. One block of threads a tile.
+extern "C" __global__ void __launch_bounds__(A8_THREADS, 2) a8_adafactor_reduce_kernel(a8_batch batch, float* scratch) {
+  __shared__ a8_reduce_room room;
+  a8_reduce_tile(a8_tile_of(batch, blockIdx.x), scratch, &room);
+}
+
+// One row's or column's partial sums, `stride` apart, into the first; then its mean, moved by the average's rule.
+A8_FN float a8_mean_of(float* sums, int64_t stride, int64_t parts, float* mean, float count, const a8_hyper* hyper,
+                       uint32_t phases) {
+  float sum = sums[0];
+  if (phases & A8_REDUCE) {
+#pragma unroll 8
+    for (int64_t part = 1; part < parts; ++part) sum += sums[part * stride];
+    sums[0] = sum;
+  }
+  if (phases & A8_MOMENTS) *mean = a8_average(hyper, *mean, a8_div(sum, count));
+  return *mean;
+}
+
+// Partial sums of the tiles, in order, into row and column sums (A8_REDUCE); then the means, and each column's factor of
+// 1 / sqrt(v) (A8_MOMENTS). One block of threads a tile: those at the matrix's left edge do its rows, at the top its columns.
+extern "C" __global__ void __launch_bounds__(A8_THREADS)
+    a8_adafactor_means_kernel(a8_batch batch, float* scratch, uint32_t phases) {
+  a8_matrix_tile tile = a8_tile_of(batch, blockIdx.x);
+  const a8_tensor* t = tile.tensor;
+  const a8_hyper* hyper = batch.hypers + t->hyper;
+  if (tile.across == 0)
+    for (int64_t row = tile.row + threadIdx.x; row < tile.row + tile.rows; row += A8_THREADS)
+      a8_mean_of(scratch + t->row_at + row, t->rows, a8_tiles_across(t->cols, A8_TILE_COLS),
+                 a8_at<float>(t->second, row), (float)t->cols, hyper, phases);
+  if (tile.down == 0)
+    for (int64_t col = tile.col + threadIdx.x; col < tile.col + tile.cols; col += A8_THREADS) {
+      float* sums = scratch + t->col_at + col;
+      float mean = a8_mean_of(sums, t->cols, a8_tiles_across(t->rows, A8_TILE_ROWS), a8_at<float>(t->second_block, col),
+                              (float)t->rows, hyper, phases);
+      if (phases & A8_MOMENTS) *sums = a8_reciprocal_root(mean);
+    }
+}
+
+// Each row's factor of 1 / sqrt(v). One block of threads a tile; those at the left edge each sum all row means.
+extern "C" __global__ void __launch_bounds__(A8_THREADS) a8_adafactor_factors_kernel(a8_batch batch, float* scratch) {
+  __shared__ float room[A8_LANES];
+  a8_matrix_tile tile = a8_tile_of(batch, blockIdx.x);
+  const a8_tensor* t = tile.tensor;
+  if (tile.across != 0) return;
+  const float* means = a8_at<float>(t->second, 0);
+  float mean = a8_div(a8_sum_block(means, t->rows, room), (float)t->rows);
+  mean = a8_at_least(mean, batch.hypers[t->hyper].eps);
+  for (int64_t row = tile.row + threadIdx.x; row < tile.row + tile.rows; row += A8_THREADS)
+    scratch[t->row_at + row] = a8_reciprocal_root(a8_div(means[row], mean));
+}
+
+// The chunks of one block of threads, a warp each; those that no fast path takes are left to all warps together.
+typedef struct a8_chunk_room {
+  a8_nf4_table table;
+  uint32_t left[A8_WARPS];
+} a8_chunk_room;
+
+// Sums of p^2 and u^2 of every chunk. One block of threads A8_WARPS chunks; from the last on, whose gradients the reduce
+// phase has read last.
+extern "C" __global__ void __launch_bounds__(A8_THREADS, 2) a8_adafactor_norm_kernel(a8_batch batch, float* scratch) {
+  __shared__ a8_factor_room general;
+  __shared__ a8_chunk_room room;
+  uint32_t first = (gridDim.x - 1 - blockIdx.x) * A8_WARPS, warp = a8_warp_number(), index = first + warp;
+  a8_share_nf4_table(&room.table);
+  __syncthreads();
+  bool left = false;
+  if (index < batch.chunk_count) {
+    a8_factor_job job = a8_factor_job_of(batch, scratch, index);
+    left = !a8_suits_warp(job);
+    if (!left) a8_norm_warp(job, {&batch, scratch, index}, &room.table);
+  }
+  room.left[warp] = left;
+  __syncthreads();
+  for (uint32_t i = 0; i < A8_WARPS; ++i)
+    if (room.left[i]) a8_norm_general(a8_factor_job_of(batch, scratch, first + i), &general);
+}
+
+// The chunks' sums, in order. One block of threads a tensor.
+extern "C" __global__ void __launch_bounds__(A8_THREADS) a8_adafactor_totals_kernel(a8_batch batch, float* scratch) {
+  __shared__ float room[A8_LANES];
+  const a8_tensor* t = batch.tensors + blockIdx.x;
+  float* sums = scratch + t->sum_at;
+  float param_squares = a8_sum_block(sums + 2, t->chunks, room);
+  float update_squares = a8_sum_block(sums + 2 + t->chunks, t->chunks, room);
+  if (threadIdx.x == 0) sums[0] = param_squares, sums[1] = update_squares;
+}
+
+// The update. One block of threads A8_WARPS chunks.
+extern "C" __global__ void __launch_bounds__(A8_THREADS, 2) a8_adafactor_apply_kernel(a8_batch batch, float* scratch) {
+  __shared__ a8_factor_room general;
+  __shared__ a8_chunk_room room;
+  uint32_t first = blockIdx.x * A8_WARPS, warp = a8_warp_number(), index = first + warp;
+  a8_share_nf4_table(&room.table);
+  __syncthreads();
+  bool left = false;
+  if (index < batch.chunk_count) {
+    a8_factor_job job = a8_factor_job_of(batch, scratch, index);
+    left = !a8_suits_warp(job) || !a8_apply_warp(job.tensor, {&batch, scratch, index}, &room.table);
+  }
+  room.left[warp] = left;
+  __syncthreads();
+  for (uint32_t i = 0; i < A8_WARPS; ++i) {
+    if (!room.left[i]) continue;
+    a8_factor_job job = a8_factor_job_of(batch, scratch, first + i);
+    a8_apply_general(job, a8_factor_write_of(job), &general);
+  }
+}

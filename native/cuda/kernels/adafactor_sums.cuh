@@ -1,0 +1,185 @@
+// What the phases of an Adafactor step share on a GPU: which part of a batch a block of threads or a warp works on, and
+// sums in the canonical order (a8/geometry.h): element e to accumulator e % A8_LANES, then folded in halves.
+#pragma once
+
+#include "device.cuh"
+
+#define A8_WARPS (A8_THREADS / 32)
+
+// From one lane, which shows the compiler that all lanes agree: what follows from it can take uniform registers.
+A8_FN uint32_t a8_warp_number() { return __shfl_sync(A8_LANE_MASK, threadIdx.x / 32u, 0); }
+
+// --- Accumulators of a warp: lane l holds accumulators 8 * l .. 8 * l + 7. ---
+
+// One level of a fold over lanes that differ in `bit`, of 2 * kHalf sums at once: a lane keeps half of the sums and gives
+// the other half away, so that every level halves the work. The lane's bit becomes the top bit of the sum's number.
+template <int kHalf>
+A8_FN void a8_exchange(float* x, uint32_t bit) {
+  bool upper = threadIdx.x & bit;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    float keep = upper ? x[i + kHalf] : x[i];
+    float give = upper ? x[i] : x[i + kHalf];
+    x[i] = keep + __shfl_xor_sync(A8_LANE_MASK, give, bit);
+  }
+}
+
+A8_FN float a8_add_across(float x, uint32_t bit) { return x + __shfl_xor_sync(A8_LANE_MASK, x, bit); }
+
+// Folds the accumulators of one sum. Every lane gets it; x is lost.
+A8_FN float a8_fold_warp(float* x) {
+  a8_exchange<4>(x, 16);
+  a8_exchange<2>(x, 8);
+  a8_exchange<1>(x, 4);
+  float sum = a8_add_across(a8_add_across(x[0], 2), 1);
+  return a8_add_across(a8_add_across(a8_add_across(sum, 16), 8), 4);  // lane bits 4, 3, 2 are the accumulator's number
+}
+
+// Folds the accumulators of two sums, the second's at x[8]. Lane l gets sum l / 16; x is lost.
+A8_FN float a8_fold_two(float* x) {
+  a8_exchange<8>(x, 16);
+  a8_exchange<4>(x, 8);
+  a8_exchange<2>(x, 4);
+  a8_exchange<1>(x, 2);
+  float sum = a8_add_across(x[0], 1);
+  return a8_add_across(a8_add_across(a8_add_across(sum, 8), 4), 2);  // lane bits 3, 2, 1: the accumulator's number
+}
+
+// --- Accumulators of a block of threads: thread t holds accumulator t. ---
+
+// Folds them. room: A8_LANES floats of shared memory. Every thread gets the sum.
+A8_FN float a8_fold_block(float x, float* room) {
+  __syncthreads();  // the room may be in use
+  room[threadIdx.x] = x;
+#pragma unroll
+  for (uint32_t half = A8_LANES / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) room[threadIdx.x] += room[threadIdx.x + half];
+  }
+  __syncthreads();
+  return room[0];
+}
+
+// The sum of n floats of device memory, by a block of threads.
+A8_FN float a8_sum_block(const float* in, int64_t n, float* room) {
+  const int kAhead = 16;  // loads in flight: the additions are one chain
+  float sum = 0.0f;
+  for (int64_t from = threadIdx.x; from < n; from += kAhead * A8_LANES) {
+    float x[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) x[i] = from + i * A8_LANES < n ? in[from + i * A8_LANES] : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) sum += x[i];
+  }
+  return a8_fold_block(sum, room);
+}
+
+// --- The parts of a batch. ---
+
+A8_FN int64_t a8_tiles_across(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
+
+// One tile of a factored tensor. rows and cols: its extent, cut off at the matrix's edge.
+typedef struct a8_matrix_tile {
+  const a8_tensor* tensor;
+  int64_t down, across;  // its place among the tiles
+  int64_t row, col;      // of the matrix: its first
+  int rows, cols;
+} a8_matrix_tile;
+
+A8_FN a8_matrix_tile a8_tile_of(const a8_batch& batch, uint32_t index) {
+  a8_chunk unit = batch.tiles[index];
+  a8_matrix_tile tile;
+  tile.tensor = batch.tensors + unit.tensor;
+  uint32_t across = (uint32_t)a8_tiles_across(tile.tensor->cols, A8_TILE_COLS);
+  tile.down = unit.part / across;
+  tile.across = unit.part % across;
+  tile.row = tile.down * A8_TILE_ROWS;
+  tile.col = tile.across * A8_TILE_COLS;
+  tile.rows = (int)min((long long)(tile.tensor->rows - tile.row), (long long)A8_TILE_ROWS);
+  tile.cols = (int)min((long long)(tile.tensor->cols - tile.col), (long long)A8_TILE_COLS);
+  return tile;
+}
+
+// One chunk of one tensor.
+typedef struct a8_factor_job {
+  const a8_tensor* tensor;
+  a8_hyper hyper;
+  const float* row_factor;  // of a factored moment
+  const float* col_factor;
+  float* sums;     // of this chunk: of p^2; `chunks` floats on, of u^2; as many on, the fingerprint
+  int64_t from;    // first element
+  uint32_t count;  // elements
+  float bound;     // of the reciprocal root of the second moment
+  uint32_t sign;   // flips the gradient when maximising
+} a8_factor_job;
+
+A8_FN a8_factor_job a8_factor_job_of(const a8_batch& batch, float* scratch, uint32_t index) {
+  a8_chunk unit = batch.chunks[index];
+  a8_factor_job job;
+  job.tensor = batch.tensors + unit.tensor;
+  job.hyper = batch.hypers[job.tensor->hyper];
+  job.row_factor = scratch + job.tensor->row_at;
+  job.col_factor = scratch + job.tensor->col_at;
+  job.sums = scratch + job.tensor->sum_at + 2 + unit.part;
+  job.from = (int64_t)unit.part * A8_CHUNK;
+  job.count = (uint32_t)min((long long)(job.tensor->numel - job.from), (long long)A8_CHUNK);
+  job.bound = a8_div(1.0f, job.hyper.eps);
+  job.sign = job.hyper.flags & A8_MAXIMIZE ? 0x80000000u : 0u;
+  return job;
+}
+
+// One chunk of a batch, as a call passes it. The functions of the fast paths are not inlined, so that each has the registers
+// to itself and compiles in a second; they make their job anew, in uniform registers.
+typedef struct a8_factor_chunk {
+  const a8_batch* batch;
+  float* scratch;
+  uint32_t index;
+} a8_factor_chunk;
+
+A8_FN a8_factor_job a8_factor_job_of(const a8_factor_chunk& chunk) {
+  return a8_factor_job_of(*chunk.batch, chunk.scratch, __shfl_sync(A8_LANE_MASK, chunk.index, 0));
+}
+
+A8_FN bool a8_scales(const a8_factor_job& job) { return job.hyper.flags & A8_SCALE_PARAMETER; }
+
+A8_FN uint32_t a8_load_bits(const void* base, uint32_t dtype, int64_t e) {
+  return dtype == A8_F32 ? *a8_at<uint32_t>(base, e) : (uint32_t)*a8_at<uint16_t>(base, e);
+}
+
+// The fingerprint of the parameter's chunk as it is in memory. By any thread, for itself.
+A8_FN uint32_t a8_fingerprint_of(const a8_factor_job& job) {
+  uint32_t sample[A8_SAMPLES], fingerprint = job.count;
+#pragma unroll
+  for (uint32_t i = 0; i < A8_SAMPLES; ++i)
+    sample[i] = i < job.count ? a8_load_bits(job.tensor->param, job.tensor->param_dtype, job.from + i) : 0u;
+#pragma unroll
+  for (uint32_t i = 0; i < A8_SAMPLES; ++i)
+    if (i < job.count) fingerprint = a8_fingerprint(fingerprint, sample[i]);
+  return fingerprint;
+}
+
+// Whether the last apply phase has left this chunk's sum of p^2.
+A8_FN bool a8_squares_are_known(const a8_factor_job& job) {
+  if (!(job.tensor->flags & A8_SQUARES_KNOWN)) return false;
+  return a8_bits(job.sums[2 * (int64_t)job.tensor->chunks]) == a8_fingerprint_of(job);
+}
+
+// What the apply phase of a chunk needs besides.
+typedef struct a8_factor_write {
+  a8_adafactor_rule rule;
+  a8_noise write;  // from the chunk's first pair on
+  a8_noise second;
+} a8_factor_write;
+
+A8_FN a8_factor_write a8_factor_write_of(const a8_factor_job& job) {
+  const a8_hyper* h = &job.hyper;
+  const float* totals = job.sums - 2 - job.from / A8_CHUNK;
+  a8_factor_write write;
+  float lr = h->lr_device ? *h->lr_device : h->lr;
+  write.rule = a8_adafactor_rule_of(h, lr, (float)job.tensor->numel, totals[0], totals[1]);
+  uint64_t pair = (uint64_t)job.from / 2;
+  uint32_t id = job.tensor->noise_id;
+  write.write = a8_noise_at(a8_noise_key(h->seed_low, h->seed_high, h->step, id, A8_STREAM_WRITE), pair);
+  write.second = a8_noise_at(a8_noise_key(h->seed_low, h->seed_high, h->step, id, A8_STREAM_SECOND), pair);
+  return write;
+}

@@ -1,0 +1,132 @@
+// Eight elements a lane in registers: unpacking, rounding and packing them, with the bits of a8/math.h and a8/format.h.
+#pragma once
+
+#include "device.cuh"
+
+template <uint32_t kDtype>
+A8_FN float a8_value(const uint32_t* w, int i) {
+  if (kDtype == A8_F32) return a8_float(w[i]);
+  if (kDtype == A8_BF16) return a8_float(i & 1 ? w[i / 2] & 0xffff0000u : w[i / 2] << 16);
+  float x;  // the same value as a8_from_f16; a NaN loses its payload, as it does in the next operation
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((unsigned short)(i & 1 ? w[i / 2] >> 16 : w[i / 2])));
+  return x;
+}
+
+// Eight values of a 16-bit type, rounded one by one. words: the noise of four pairs, when stochastic.
+template <uint32_t kDtype, bool kStochastic>
+A8_FN void a8_round_eight(const float* x, const uint32_t* words, uint32_t* w) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (kStochastic)
+      w[i] = a8_to_half_stochastic(x[2 * i], kDtype, words[i] & 0xffffu) |
+             a8_to_half_stochastic(x[2 * i + 1], kDtype, words[i] >> 16) << 16;
+    else
+      w[i] = a8_to_half(x[2 * i], kDtype) | a8_to_half(x[2 * i + 1], kDtype) << 16;
+  }
+}
+
+typedef struct a8_float_eight {
+  float x[8];
+} a8_float_eight;
+
+// The same by a call, for cases so rare that their code should not be in the way.
+template <uint32_t kDtype, bool kStochastic>
+static __device__ __noinline__ uint4 a8_round_eight_rarely(a8_float_eight x, uint4 words) {
+  uint32_t noise[4] = {words.x, words.y, words.z, words.w}, w[4];
+  a8_round_eight<kDtype, kStochastic>(x.x, noise, w);
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+template <uint32_t kDtype, bool kStochastic, bool kCall>
+A8_FN void a8_round_rare_eight(const float* x, const uint32_t* words, uint32_t* w) {
+  if (!kCall) {
+    a8_round_eight<kDtype, kStochastic>(x, words, w);
+    return;
+  }
+  a8_float_eight values = {{x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]}};
+  uint4 noise = kStochastic ? make_uint4(words[0], words[1], words[2], words[3]) : make_uint4(0u, 0u, 0u, 0u);
+  uint4 y = a8_round_eight_rarely<kDtype, kStochastic>(values, noise);
+  w[0] = y.x, w[1] = y.y, w[2] = y.z, w[3] = y.w;
+}
+
+// Eight values to nearest, packed. The same bits as a8_to_bf16 and a8_to_f16. kCall: NaN are rounded by a call.
+template <uint32_t kDtype, bool kCall = false>
+A8_FN void a8_pack_eight(const float* x, uint32_t* w) {
+  if constexpr (kDtype == A8_F32) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) w[i] = a8_bits(x[i]);
+  } else {
+#if A8_AMPERE
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (kDtype == A8_BF16)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w[i]) : "f"(x[2 * i + 1]), "f"(x[2 * i]));
+      else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w[i]) : "f"(x[2 * i + 1]), "f"(x[2 * i]));
+    }
+    // The instruction's NaN is 0x7fff and survives this maximum; the format's has another pattern.
+    uint32_t most = w[0];
+#pragma unroll
+    for (int i = 1; i < 4; ++i) {
+      if (kDtype == A8_BF16)
+        asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(most) : "r"(w[i]));
+      else
+        asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(most) : "r"(w[i]));
+    }
+    if ((most & 0xffffu) == 0x7fffu || most >> 16 == 0x7fffu) a8_round_rare_eight<kDtype, false, kCall>(x, nullptr, w);
+#else
+    a8_round_eight<kDtype, false>(x, nullptr, w);
+#endif
+  }
+}
+
+// Two integers clamped to bytes, the second lowest, below the low half of `above`.
+A8_FN uint32_t a8_pack_clamped(int32_t high, int32_t low, uint32_t above) {
+  uint32_t packed;
+  asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;" : "=r"(packed) : "r"(high), "r"(low), "r"(above));
+  return packed;
+}
+
+// Eight values of a 16-bit type, rounded stochastically. words: the noise of four pairs.
+template <uint32_t kDtype, bool kCall = false>
+A8_FN void a8_pack_eight_stochastic(const float* x, const uint32_t* words, uint32_t* w) {
+  if (kDtype != A8_BF16) {
+    a8_round_eight<kDtype, true>(x, words, w);
+    return;
+  }
+  uint32_t most = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) most = max(most, a8_magnitude_bits(x[i]));
+  // a8_to_bf16_stochastic, when it has no infinity or NaN to spare: the high half of a sum.
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    w[i] = __byte_perm(a8_bits(x[2 * i]) + (words[i] & 0xffffu), a8_bits(x[2 * i + 1]) + (words[i] >> 16), 0x7632);
+  if (!a8_absmax_finite(most)) a8_round_rare_eight<kDtype, true, kCall>(x, words, w);
+}
+
+// a8_int8_encode, the codes packed.
+A8_FN void a8_int8_eight(const float* m, float inverse, uint32_t* packed) {
+  uint32_t code[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) code[i] = a8_bits(m[i] * inverse + 12582912.0f);  // in the low byte
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    packed[i] = __byte_perm(__byte_perm(code[4 * i], code[4 * i + 1], 0x0040),
+                            __byte_perm(code[4 * i + 2], code[4 * i + 3], 0x0040), 0x5410);
+}
+
+// a8_log8_encode of values that a kernel has computed, none of them NaN: where they lie, without the offset.
+A8_FN void a8_log8_positions(const float* v, int32_t origin, float inverse_step, float* position) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) position[i] = (float)((int32_t)a8_bits(v[i]) - origin) * inverse_step;
+}
+
+// The codes of positions with their offsets, packed. Packing clamps.
+A8_FN void a8_log8_eight(const float* position, uint32_t* packed) {
+  int32_t code[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) code[i] = __float2int_rz(position[i]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    packed[i] = a8_pack_clamped(code[4 * i + 1], code[4 * i], a8_pack_clamped(code[4 * i + 3], code[4 * i + 2], 0u));
+}

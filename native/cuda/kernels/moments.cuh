@@ -1,0 +1,130 @@
+// The moments of a span of up to A8_MAX_BLOCK elements by one block of threads, for every format, block size, alignment and
+// length: what the general paths of Adam and Adafactor share. A span begins where a block of either moment begins.
+#pragma once
+
+#include "device.cuh"
+
+// Elements of a unit, the grain in which Adam's fast path leaves work to the general one. Others take all units.
+#define A8_UNIT 256
+#define A8_SPAN_UNITS (A8_MAX_BLOCK / A8_UNIT)
+#define A8_SPAN_BLOCKS (A8_MAX_BLOCK / A8_MIN_BLOCK)
+
+// Shared memory of a block of threads: the headers of a span's blocks, before and after.
+typedef struct a8_moment_room {
+  a8_decoder first[A8_SPAN_BLOCKS];
+  a8_decoder second[A8_SPAN_BLOCKS];
+  uint32_t most[A8_SPAN_BLOCKS];
+  uint32_t low[A8_SPAN_BLOCKS];
+  uint32_t high[A8_SPAN_BLOCKS];
+  a8_encoder new_first[A8_SPAN_BLOCKS];
+  a8_encoder new_second[A8_SPAN_BLOCKS];
+  float levels[16];
+} a8_moment_room;
+
+A8_FN bool a8_is_quantised(uint32_t format) { return format == A8_INT8 || format == A8_NF4 || format == A8_LOG8; }
+
+// log2 of a block size; of a span for a moment that has no blocks.
+A8_FN uint32_t a8_block_shift(uint32_t format, uint32_t size) {
+  return 31u - (uint32_t)__clz((int)(a8_is_quantised(format) ? size : A8_MAX_BLOCK));
+}
+
+A8_FN float2 a8_load_moment(const void* state, uint32_t format, int64_t pair, bool both, const a8_decoder& header,
+                            const float* levels) {
+  if (!a8_is_quantised(format)) return a8_load_pair(state, format == A8_STATE_BF16 ? A8_BF16 : A8_F32, pair, both);
+  uint32_t codes = a8_load_codes(state, format, pair, both);
+  return make_float2(a8_decode(format, codes & 255u, header, levels), a8_decode(format, codes >> 8, header, levels));
+}
+
+A8_FN void a8_store_moment(void* state, uint32_t format, int64_t pair, bool both, float2 x, const a8_encoder& encoder,
+                           bool stochastic, uint32_t word, uint32_t turn, const float* levels) {
+  if (!a8_is_quantised(format)) {
+    a8_store_pair(state, format == A8_STATE_BF16 ? A8_BF16 : A8_F32, pair, both, x, false, 0);
+    return;
+  }
+  float even = stochastic ? a8_offset(word & 0xffffu, turn) : A8_LOG8_NEAREST;
+  float odd = stochastic ? a8_offset(word >> 16, turn) : A8_LOG8_NEAREST;
+  a8_store_codes(state, format, pair, both, a8_encode(format, x.x, encoder, even, levels),
+                 a8_encode(format, x.y, encoder, odd, levels));
+}
+
+// Extremes of 32 elements (16 lanes) or 64 (a warp) join those of their block.
+template <uint32_t kLanes>
+A8_FN void a8_join_extremes(a8_moment_room* room, const a8_tensor* t, a8_extremes first, a8_extremes second,
+                            uint32_t first_block, uint32_t second_block) {
+  bool leader = threadIdx.x % kLanes == 0;
+  if (a8_is_quantised(t->first_format)) {
+    uint32_t most = a8_lanes_max<kLanes>(first.most);
+    if (leader) atomicMax(&room->most[first_block], most);
+  }
+  if (t->second_format == A8_LOG8) {
+    uint32_t low = a8_lanes_min<kLanes>(second.low);
+    uint32_t high = a8_lanes_max<kLanes>(second.high);
+    if (leader) {
+      atomicMin(&room->low[second_block], low);
+      atomicMax(&room->high[second_block], high);
+    }
+  }
+}
+
+// A span: `count` elements of a tensor from `from` on, and which units of them are wanted, by bit.
+typedef struct a8_span {
+  const a8_tensor* tensor;
+  int64_t from;
+  uint32_t count;
+  uint32_t units;
+  uint32_t first_shift;   // log2 of the first moment's block size
+  uint32_t second_shift;  // and of the second's
+} a8_span;
+
+A8_FN a8_span a8_span_of(const a8_tensor* t, int64_t from, uint32_t count, uint32_t units) {
+  a8_span span = {t, from, min(count, (uint32_t)A8_MAX_BLOCK), units & ((1u << A8_SPAN_UNITS) - 1u), 0, 0};
+  span.first_shift = a8_block_shift(t->first_format, t->first_block_size);
+  span.second_shift = a8_block_shift(t->second_format, t->second_block_size);
+  return span;
+}
+
+A8_FN bool a8_wants(const a8_span& span, uint32_t e) { return span.units >> (e / A8_UNIT) & 1u; }
+
+// Loads the headers of a span and clears its extremes. The caller synchronises before and after.
+A8_FN void a8_load_headers(const a8_span& span, a8_moment_room* room) {
+  const a8_tensor* t = span.tensor;
+  for (uint32_t block = threadIdx.x; block < A8_SPAN_BLOCKS; block += A8_THREADS) {
+    if (a8_is_quantised(t->first_format) && block << span.first_shift < span.count)
+      room->first[block] = a8_load_header(t->first_block, t->first_format, (span.from >> span.first_shift) + block);
+    if (t->second_format == A8_LOG8 && block << span.second_shift < span.count)
+      room->second[block] = a8_load_header(t->second_block, t->second_format, (span.from >> span.second_shift) + block);
+    room->most[block] = 0u;
+    room->low[block] = 0xffffffffu;
+    room->high[block] = 0u;
+  }
+}
+
+// Extremes of a pair of new moments at element e of the span join those of their blocks. Called by whole warps.
+A8_FN void a8_join_pair(const a8_span& span, a8_moment_room* room, uint32_t e, float2 m, float2 v) {
+  a8_extremes first = A8_NO_EXTREMES, second = A8_NO_EXTREMES;
+  a8_extend(&first, span.tensor->first_format, m.x);
+  a8_extend(&first, span.tensor->first_format, m.y);
+  a8_extend(&second, A8_LOG8, v.x);
+  a8_extend(&second, A8_LOG8, v.y);
+  if (span.first_shift > 5 && span.second_shift > 5)
+    a8_join_extremes<32>(room, span.tensor, first, second, e >> span.first_shift, e >> span.second_shift);
+  else
+    a8_join_extremes<16>(room, span.tensor, first, second, e >> span.first_shift, e >> span.second_shift);
+}
+
+// Writes the new headers and keeps their encoders. The caller synchronises before and after.
+A8_FN void a8_renew_headers(const a8_span& span, a8_moment_room* room, bool stochastic) {
+  const a8_tensor* t = span.tensor;
+  for (uint32_t block = threadIdx.x; block < A8_SPAN_BLOCKS; block += A8_THREADS) {
+    a8_extremes extremes = {room->most[block], room->low[block], room->high[block]};
+    uint32_t e = block << span.first_shift;
+    if (a8_is_quantised(t->first_format) && e < span.count && a8_wants(span, e))
+      room->new_first[block] = a8_store_header(t->first_block, t->first_format, (span.from >> span.first_shift) + block,
+                                               extremes, a8_header_before(false, 0, 1));
+    e = block << span.second_shift;
+    if (t->second_format == A8_LOG8 && e < span.count && a8_wants(span, e))
+      room->new_second[block] =
+          a8_store_header(t->second_block, t->second_format, (span.from >> span.second_shift) + block, extremes,
+                          a8_header_before(stochastic, room->second[block].lo, room->second[block].step));
+  }
+}
