@@ -43,8 +43,9 @@ def quantize_blockwise(
     Returns:
         ``(codes, blocks)``, new tensors on the device of ``values``. codes: log8 uint8, int8 int8, both of the shape of
         ``values``; nf4 uint8 [ceil(numel / 2)], element 2k in the low half of byte k. blocks, with
-        ``B = ceil(numel / block_size)``: log8 int32 [B, 2], the bits of the smallest non-zero value and the step
-        between codes in units of the last place; int8 and nf4 float32 [B], the scale.
+        ``B = ceil(numel / block_size)``: log8 int32 [B], ``lo | step >> 8`` with lo the bits of the smallest non-zero
+        value, rounded down to a multiple of 2**16, and step the distance of the codes in units of the last place, a
+        multiple of 2**8; int8 and nf4 float32 [B], the scale.
     Raises:
         TypeError: ``values`` is not a dense tensor of one of these types.
         ValueError: ``block_size`` or ``seed`` is not valid, ``stochastic`` with another format than log8, or a negative

@@ -155,25 +155,30 @@ def _in_blocks(x: Tensor, block_size: int) -> Tensor:
     return (F.pad(x, (0, missing)) if missing else x).view(-1, block_size)
 
 
-def _log8_step(low: Tensor, high: Tensor) -> Tensor:
-    return (high - low + 253).div_(254, rounding_mode="floor").clamp_(min=1)
+def _unpacked(words: Tensor) -> tuple[Tensor, Tensor]:
+    """``a8_log8_unpack``: lo and step."""
+    return words & ~0xFFFF, (words & 0xFFFF) << 8
+
+
+def _log8_tight(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    low = low & ~0xFFFF
+    units = (high - low + (254 * 256 - 1)).div_(254 * 256, rounding_mode="floor").clamp_(min=1)
+    return low, units << 8
 
 
 def _log8_header(low: Tensor, high: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``a8_log8_header_of``: lo and step of each block; before: the headers that the blocks have, int32 [blocks, 2]."""
-    step = _log8_step(low, high)
+    """``a8_log8_header_of``: lo and step of each block; before: the headers that the blocks have, int32 [blocks]."""
+    tight_low, tight_step = _log8_tight(low, high)
     if before is None:
-        return low, step
-    old_low, old_step = before[:, 0], before[:, 1]
-    fits = (low >= old_low) & (high <= old_low + 254 * old_step) & (old_step - step <= old_step >> _LOG8_KEEP)
+        return tight_low, tight_step
+    old_low, old_step = _unpacked(before)
+    fits = (low >= old_low) & (high <= old_low + 254 * old_step) & (old_step - tight_step <= old_step >> _LOG8_KEEP)
     room = (high - low) >> _LOG8_ROOM
-    has_room = (low - room >= _LOG8_SMALLEST) & (high + room < _LOG8_INFINITY)
-    roomy_low = torch.where(has_room, low - room, low)
-    roomy_step = torch.where(has_room, _log8_step(low - room, high + room), step)
-    has_before = (low != 0) & (old_low != 0)
-    new_low = torch.where(fits, old_low, roomy_low)
-    new_step = torch.where(fits, old_step, roomy_step)
-    return torch.where(has_before, new_low, low), torch.where(has_before, new_step, step)
+    roomy = (low - room >= _LOG8_SMALLEST) & (high + room < _LOG8_INFINITY)
+    room = torch.where(roomy & (low != 0) & (old_low != 0), room, 0)
+    new_low, new_step = _log8_tight(low - room, high + room)
+    keep = fits & (low != 0) & (old_low != 0)
+    return torch.where(keep, old_low, new_low), torch.where(keep, old_step, new_step)
 
 
 def encode_log8(
@@ -192,12 +197,12 @@ def encode_log8(
     # 1 + a fraction: 1.5 rounds to nearest; noise is spread over [1, 2).
     position.add_(1.5 if offsets is None else _in_blocks(offsets, block_size))
     codes = position.to(torch.int32).clamp_(0, 255).to(torch.uint8)
-    return codes.view(-1)[: x.numel()], torch.stack((low, step), dim=1)
+    return codes.view(-1)[: x.numel()], low | step >> 8
 
 
 def decode_log8(codes: Tensor, blocks: Tensor, block_size: int, count: int) -> Tensor:
     code = _in_blocks(codes, block_size).to(torch.int32)
-    low, step = blocks[:, :1], blocks[:, 1:]
+    low, step = (part[:, None] for part in _unpacked(blocks))
     bits = code * step
     bits.add_(low - step).masked_fill_(code == 0, 0)
     return bits.view(torch.float32).view(-1)[:count]

@@ -25,8 +25,7 @@ class StateFormat:
         code: the ABI's number for it.
         dtype: of the tensor of codes (or of values, for "fp32" and "bf16").
         packed: two codes a byte; the codes are then a flat tensor of ceil(numel / 2) bytes, else of the value's shape.
-        header: dtype of the block headers, or None when there are no blocks.
-        header_width: numbers in a header: log8 has (lo, step), the others one scale.
+        header: dtype of the block headers, one a block: a scale, or log8's word of lo and step. None without blocks.
         zero_byte: the byte of which an array of zeros consists.
     """
 
@@ -35,7 +34,6 @@ class StateFormat:
     dtype: torch.dtype
     packed: bool = False
     header: torch.dtype | None = None
-    header_width: int = 1
     zero_byte: int = 0
 
     @property
@@ -46,8 +44,7 @@ class StateFormat:
         return ((shape.numel() + 1) // 2,) if self.packed else tuple(shape)
 
     def blocks_shape(self, numel: int, block_size: int) -> tuple[int, ...]:
-        blocks = block_count(numel, block_size)
-        return (blocks,) if self.header_width == 1 else (blocks, self.header_width)
+        return (block_count(numel, block_size),)
 
     def allocate(self, shape: torch.Size, block_size: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Codes and block headers of an array of zeros of this shape; no headers when the format has none."""
@@ -65,7 +62,7 @@ FORMATS = {
         StateFormat("bf16", Format.STATE_BF16, torch.bfloat16),
         StateFormat("int8", Format.INT8, torch.int8, header=torch.float32),
         StateFormat("nf4", Format.NF4, torch.uint8, packed=True, header=torch.float32, zero_byte=0x77),
-        StateFormat("log8", Format.LOG8, torch.uint8, header=torch.int32, header_width=2),
+        StateFormat("log8", Format.LOG8, torch.uint8, header=torch.int32),
     )
 }
 

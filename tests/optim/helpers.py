@@ -108,7 +108,8 @@ def decoded(state: dict[str, Any], name: str, shape: Sequence[int], block_size: 
     headers = state[f"{name}_block"].cpu()
     numel = math.prod(shape)
     if headers.dtype == torch.int32:  # log8: the code times the step, added to the bits of the smallest
-        lo, step = (spread(headers[:, k].long(), numel, block_size) for k in (0, 1))
+        word = spread(headers.long(), numel, block_size)
+        lo, step = word & ~0xFFFF, (word & 0xFFFF) << 8
         code = codes.reshape(-1).long()
         bits = torch.where(code == 0, 0, lo + (code - 1) * step).to(torch.int32)
         values = bits.view(torch.float32).double()
@@ -129,7 +130,7 @@ def code_spacing(state: dict[str, Any], name: str, value: Tensor, block_size: in
     headers = state[f"{name}_block"].cpu()
     if headers.dtype == torch.int32:
         # One code is `step` units of the last place, and a unit is worth 2^-23 of the power of two below the value.
-        steps = spread(headers[:, 1].double(), numel, block_size).reshape(value.shape)
+        steps = spread(((headers & 0xFFFF) << 8).double(), numel, block_size).reshape(value.shape)
         return steps / 2 * 2.0**-23 * value.abs()
     if codes.dtype == torch.int8:
         return spread(headers.double(), numel, block_size).reshape(value.shape) / 2

@@ -28,13 +28,24 @@ def bits_of(values: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def log8_header(values: NDArray[np.float32]) -> tuple[int, int]:
-    """(lo, step): bits of the smallest non-zero value; the least step >= 1 of which 254 reach the largest."""
+    """(lo, step): bits of the smallest non-zero value, rounded down to a multiple of 2^16; the least multiple of 2^8 of
+    which 254 reach the largest from there. (0, 256) for zeros alone."""
     present = [int(bits) for bits in bits_of(values) if bits > 0]
     if not present:
-        return 0, 1
-    lo, hi = min(present), max(present)
-    step = next(step for step in range(max(1, (hi - lo) // 254), (hi - lo) // 254 + 2) if lo + 254 * step >= hi)
+        return 0, 256
+    lo, hi = min(present) // 65536 * 65536, max(present)
+    least = (hi - lo) // 254 // 256
+    step = next(256 * units for units in range(max(1, least), least + 2) if lo + 254 * 256 * units >= hi)
     return lo, step
+
+
+def log8_parts(word: int) -> tuple[int, int]:
+    """(lo, step) of a stored header."""
+    return word // 65536 * 65536, word % 65536 * 256
+
+
+def log8_word(lo: int, step: int) -> int:
+    return lo + step // 256
 
 
 def log8_levels(lo: int, step: int) -> list[int]:

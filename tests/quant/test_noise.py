@@ -14,7 +14,7 @@ WORD = 0xFFFFFFFF
 
 def draws(numel: int, device: str, seed: int = 0) -> torch.Tensor:
     """Whether each element was rounded up: a fair coin, halfway between two codes, but for the ends of a block."""
-    lo, step = 0x3F800000, (2 << 23) // 254 + 1
+    lo, step = 0x3F800000, (2 << 23) // (254 * 256) * 256 + 256
     block = torch.full((128,), lo + 60 * step + step // 2, dtype=torch.int32)
     block[0], block[1] = lo, lo + (2 << 23)
     values = block.repeat(-(-numel // 128))[:numel].view(torch.float32)

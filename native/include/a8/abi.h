@@ -113,7 +113,7 @@ typedef struct a8_hyper {
 
 // One parameter with its gradient and state, all contiguous. Not used: null.
 // first: int8 [numel], nf4 uint8 [ceil(numel / 2)], float32 or bfloat16 [numel]; first_block: float32 [blocks].
-// second: log8 uint8 [numel] with second_block int32 [blocks, 2], or float32 [numel]; FACTORED: float32 row means [rows],
+// second: log8 uint8 [numel] with second_block int32 [blocks], or float32 [numel]; FACTORED: float32 row means [rows],
 // second_block float32 column means [cols], and partial sums at the *_at offsets (in floats) of the scratch: row sums
 // [tiles across, rows], column sums [tiles down, cols], and at sum_at the totals of p^2 and u^2, then for each chunk its sum
 // of p^2, for each its sum of u^2, for each its fingerprint (a8_fingerprint). Scratch is kept from step to step.

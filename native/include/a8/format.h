@@ -7,6 +7,8 @@
 // --- log8: a positive float's bits are its piecewise-linear logarithm. Block header: {lo, step}. ---
 // Code 0 is zero; code c >= 1 is the float whose bits are lo + (c - 1) * step. Subnormals, negatives count as zero and
 // NaN as infinity, so that the header is the same integers whatever a processor does with them.
+//
+// A header is stored as one word (docs/decisions/0007-log8-header-word.md): lo is a multiple of 2^16, step of 2^8.
 
 #define A8_LOG8_SMALLEST 0x00800000
 #define A8_LOG8_INFINITY 0x7f800000
@@ -30,35 +32,43 @@ A8_FN uint32_t a8_log8_low_key(int32_t bits) { return (uint32_t)bits - 1u; }
 // Smallest non-zero bits of a block from its smallest a8_log8_low_key; 0 when all are zero.
 A8_FN int32_t a8_log8_low(uint32_t low_key) { return low_key == 0xffffffffu ? 0 : (int32_t)(low_key + 1u); }
 
-A8_FN int32_t a8_log8_step(int32_t lo, int32_t hi) {
-  int32_t step = (int32_t)(((uint32_t)(hi - lo) + 253u) / 254u);
-  return step < 1 ? 1 : step;
-}
-
 typedef struct a8_log8_header {
   int32_t lo;
   int32_t step;
 } a8_log8_header;
 
-// The header of a block from its a8_log8_low and its largest bits. An all-zero block is {0, 1}.
-//
-// before: the header that the block has, {0, 1} for none. It is kept while the block fits and would not gain a quarter;
-// a new one has some room at both ends. For on a new grid every value is rounded anew, by up to a whole code, on an old
-// one only by what has changed: a moving average drifts less (docs/decisions/0008-log8-keeps-its-grid.md).
-A8_FN a8_log8_header a8_log8_header_of(int32_t low, int32_t high, a8_log8_header before) {
+A8_FN uint32_t a8_log8_pack(a8_log8_header header) { return (uint32_t)header.lo | (uint32_t)header.step >> 8; }
+
+A8_FN a8_log8_header a8_log8_unpack(uint32_t word) {
   a8_log8_header header;
-  header.lo = low;
-  header.step = a8_log8_step(low, high);
+  header.lo = (int32_t)(word & 0xffff0000u);
+  header.step = (int32_t)(word << 16 >> 8);
+  return header;
+}
+
+// The tightest header for values whose bits lie from low to high.
+A8_FN a8_log8_header a8_log8_tight(int32_t low, int32_t high) {
+  a8_log8_header header;
+  header.lo = low & ~0xffff;
+  uint32_t units = ((uint32_t)(high - header.lo) + (254u * 256u - 1u)) / (254u * 256u);
+  header.step = (int32_t)(units < 1u ? 256u : units * 256u);
+  return header;
+}
+
+// The header of a block from its a8_log8_low and its largest bits. An all-zero block has lo = 0.
+//
+// before: the header that the block has; lo = 0 for none. It is kept while the block fits and would not gain an eighth; a
+// new one has some room at both ends. For on a new grid every value is rounded anew, by up to a whole code, on an old one
+// only by what has changed: a moving average drifts less (docs/decisions/0008-log8-keeps-its-grid.md).
+A8_FN a8_log8_header a8_log8_header_of(int32_t low, int32_t high, a8_log8_header before) {
+  a8_log8_header header = a8_log8_tight(low, high);
   if (low == 0 || before.lo == 0) return header;
   if (low >= before.lo && high <= before.lo + 254 * before.step &&
       before.step - header.step <= before.step >> A8_LOG8_KEEP)
     return before;
   int32_t room = (high - low) >> A8_LOG8_ROOM;
-  if (low - room >= A8_LOG8_SMALLEST && high + room < A8_LOG8_INFINITY) {
-    header.lo = low - room;
-    header.step = a8_log8_step(low - room, high + room);
-  }
-  return header;
+  bool roomy = low - room >= A8_LOG8_SMALLEST && high + room < A8_LOG8_INFINITY;
+  return roomy ? a8_log8_tight(low - room, high + room) : header;
 }
 
 // What the encoder subtracts: lo, except that the zeros of an all-zero block (lo = 0) must lie far below it.
