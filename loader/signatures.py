@@ -9,7 +9,7 @@ from __future__ import annotations
 from ctypes import POINTER, c_char_p, c_int32, c_uint32
 from typing import Any, NamedTuple
 
-from .structs import Batch, Codec, Exec, Info, Op
+from .structs import Batch, Codec, Exec, Hyper, Info, Op, Schedule
 
 
 class Signature(NamedTuple):
@@ -32,6 +32,8 @@ SIGNATURES: tuple[Signature, ...] = (
     LAST_ERROR,
     Signature("a8_quantize", _STATUS, (_EXEC, POINTER(Codec)), Op.CODEC),
     Signature("a8_dequantize", _STATUS, (_EXEC, POINTER(Codec)), Op.CODEC),
+    # Promised with Adam; Adafactor uses it too.
+    Signature("a8_derive", _STATUS, (_EXEC, POINTER(Schedule), POINTER(Hyper), c_uint32, c_uint32), Op.ADAM),
     Signature("a8_adam", _STATUS, (_EXEC, POINTER(Batch)), Op.ADAM),
     Signature("a8_adafactor", _STATUS, (_EXEC, POINTER(Batch), c_uint32), Op.ADAFACTOR),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from ctypes import (
     Structure,
     c_char,
+    c_double,
     c_float,
     c_int32,
     c_int64,
@@ -88,6 +89,15 @@ class TensorFlag(IntFlag):
     SQUARES_KNOWN = 1
 
 
+class ScheduleRule(IntFlag):
+    """``a8_schedule_rule``: bits of ``Schedule.rules``."""
+
+    ADAM_BIAS = 1
+    BETA2_DECAYS = 2
+    CORRECT_BIAS = 4
+    RELATIVE_STEP = 8
+
+
 class Phase(IntFlag):
     """``a8_phase``: phases of an Adafactor step, in order."""
 
@@ -111,6 +121,7 @@ class Info(Structure):
         ("sizeof_chunk", c_uint32),
         ("sizeof_batch", c_uint32),
         ("sizeof_codec", c_uint32),
+        ("sizeof_schedule", c_uint32),
         ("chunk", c_uint32),
         ("tile_rows", c_uint32),
         ("tile_cols", c_uint32),
@@ -237,6 +248,19 @@ class Codec(Structure):
     ]
 
 
+class Schedule(Structure):
+    """``a8_schedule``: how one row of hypers follows from its step."""
+
+    _fields_ = [
+        ("step", c_void_p),
+        ("beta1", c_double),
+        ("beta2", c_double),
+        ("beta2_decay", c_double),
+        ("rules", c_uint32),
+        ("reserved", c_uint32),
+    ]
+
+
 # In the order of the sizeof_* fields of Info: the C name of each struct is "a8_" + key.
 STRUCTS: dict[str, type[Structure]] = {
     "info": Info,
@@ -246,6 +270,7 @@ STRUCTS: dict[str, type[Structure]] = {
     "chunk": Chunk,
     "batch": Batch,
     "codec": Codec,
+    "schedule": Schedule,
 }
 
 # The C name of each enum is "a8_" + key.
@@ -257,6 +282,7 @@ ENUMS: dict[str, type[IntEnum] | type[IntFlag]] = {
     "op": Op,
     "flag": Flag,
     "tensor_flag": TensorFlag,
+    "schedule_rule": ScheduleRule,
     "phase": Phase,
 }
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from a8multi.plan import StepPlan
+from a8multi.plan import Live, StepPlan
 from a8multi.quant.formats import StateFormat
 
 
@@ -41,14 +41,15 @@ class Backend(Protocol):
     """The operations of a step. Every argument has been checked; tensors are contiguous and on one device.
 
     hypers: records of ``plan.step_plan.HYPER``, one a row that items refer to.
+    live: what of them lives on the device and must be read there; None: nothing does.
     """
 
     name: str
 
-    def adam(self, plan: StepPlan, hypers: np.ndarray) -> None:
+    def adam(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
         """One Adam or AdamW step: updates parameters and moments in place."""
 
-    def adafactor(self, plan: StepPlan, hypers: np.ndarray) -> None:
+    def adafactor(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
         """One Adafactor step: updates parameters and moments in place."""
 
     def quantize(

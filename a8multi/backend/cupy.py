@@ -18,7 +18,7 @@ from torch import Tensor
 
 from a8multi.errors import BackendUnavailable
 from a8multi.loader import flatten, geometry, structs
-from a8multi.plan import StepPlan
+from a8multi.plan import Live, StepPlan
 from a8multi.quant.formats import StateFormat
 
 from . import marshal
@@ -33,6 +33,7 @@ _KERNELS = {
     "adam": ("adam",),
     "adafactor": tuple(f"adafactor_{part}" for part in ("reduce", "means", "factors", "norm", "totals", "apply")),
     "codec": ("quantize", "dequantize"),
+    "schedule": ("derive",),
 }
 _FILES = {name: f"cuda/kernels/{file}.cuh" for file, names in _KERNELS.items() for name in names}
 
@@ -93,23 +94,36 @@ class CupyBackend:
             with stream:
                 yield
 
-    def _run(self, name: str, grid: int, struct: ctypes.Structure, *more: np.generic) -> None:
-        """Launches on the current device and stream."""
-        argument = np.frombuffer(bytes(struct), dtype=np.dtype(type(struct)))
-        self._kernel(name)((grid,), (self._threads,), (argument, *more))
+    def _run(self, name: str, grid: int, *arguments: ctypes.Structure | np.generic) -> None:
+        """Launches on the current device and stream. A struct is passed by value."""
+        values = [
+            np.frombuffer(bytes(x), dtype=np.dtype(type(x))) if isinstance(x, ctypes.Structure) else x
+            for x in arguments
+        ]
+        self._kernel(name)((grid,), (self._threads,), tuple(values))
 
-    def _launch(self, name: str, device: torch.device, grid: int, struct: ctypes.Structure, *more: np.generic) -> None:
+    def _launch(self, name: str, device: torch.device, grid: int, *arguments: ctypes.Structure | np.generic) -> None:
         with self._on(device):
-            self._run(name, grid, struct, *more)
+            self._run(name, grid, *arguments)
 
-    def adam(self, plan: StepPlan, hypers: np.ndarray) -> None:
-        batch = marshal.batch_of(plan, hypers)
+    def _batch(self, plan: StepPlan, hypers: np.ndarray, live: Live | None) -> structs.Batch:
+        """The batch of a plan, its hypers derived on the device where steps are counted there."""
+        batch, schedules = marshal.batch_of(plan, hypers, live)
+        if live is not None and schedules is not None:
+            rows = batch.hyper_count
+            tables = np.uint64(schedules), np.uint64(batch.hypers)
+            grid = -(-rows // self._threads)
+            self._launch("derive", plan.device, grid, *tables, np.uint32(rows), np.uint32(live.advanced()))
+        return batch
+
+    def adam(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
+        batch = self._batch(plan, hypers, live)
         # The last argument is how many chunks a block of threads takes at a time: any gives the same bits.
         self._launch("adam", plan.device, batch.chunk_count, batch, np.uint32(1))
 
-    def adafactor(self, plan: StepPlan, hypers: np.ndarray) -> None:
-        batch = marshal.batch_of(plan, hypers)
-        scratch = np.uint64(plan.scratch.data_ptr())
+    def adafactor(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
+        batch = self._batch(plan, hypers, live)
+        scratch = np.uint64(marshal.scratch_of(plan, live).data_ptr())
         phases = np.uint32(int(structs.Phase.ALL_PHASES))
         groups = -(-batch.chunk_count * 32 // self._threads)  # of chunks: a warp each
         launches: list[tuple[str, int, tuple[np.uint32, ...]]] = [

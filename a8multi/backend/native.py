@@ -12,11 +12,14 @@ from torch import Tensor
 from a8multi import settings
 from a8multi.errors import BackendUnavailable, NativeError
 from a8multi.loader import Library, load, structs
-from a8multi.plan import StepPlan
+from a8multi.plan import Live, StepPlan
 from a8multi.quant.formats import StateFormat
 
 from . import marshal
 from .base import BackendReport
+
+_SCHEDULES = ctypes.POINTER(structs.Schedule)
+_HYPERS = ctypes.POINTER(structs.Hyper)
 
 
 class NativeBackend:
@@ -66,31 +69,35 @@ class NativeBackend:
             )
         return structs.Isa[chosen.upper()]
 
-    def _call(
-        self, entry: str, device: torch.device, struct: ctypes.Structure, *more: int, scratch: Any = None
-    ) -> None:
+    def _call(self, entry: str, device: torch.device, *arguments: Any, scratch: Any = None) -> None:
         where = structs.Exec(threads=torch.get_num_threads(), isa=self._isa())
         if device.type == "cuda":
             where.device = device.index
             where.stream = torch.cuda.current_stream(device).cuda_stream
         if scratch is not None:
             where.scratch, where.scratch_bytes = scratch.data_ptr(), scratch.numel() * 4
-        self.library.call(entry, ctypes.byref(where), ctypes.byref(struct), *more)
+        self.library.call(entry, ctypes.byref(where), *arguments)
         self.isa_ran = structs.Isa(where.isa_ran).name.lower() if where.isa_ran else None
 
-    def _step(self, entry: str, plan: StepPlan, hypers: np.ndarray, *more: int, scratch: Any = None) -> None:
-        batch = marshal.batch_of(plan, hypers)
+    def _step(
+        self, entry: str, plan: StepPlan, hypers: np.ndarray, live: Live | None, *more: int, scratch: Any = None
+    ) -> None:
+        batch, schedules = marshal.batch_of(plan, hypers, live)
         try:
-            self._call(entry, plan.device, batch, *more, scratch=scratch)
+            if live is not None and schedules is not None:
+                tables = (ctypes.cast(schedules, _SCHEDULES), ctypes.cast(batch.hypers, _HYPERS))
+                self._call("a8_derive", plan.device, *tables, batch.hyper_count, live.advanced())
+            self._call(entry, plan.device, ctypes.byref(batch), *more, scratch=scratch)
         except NativeError as error:
             names = ", ".join(f"{i}: {item.name}" for i, item in enumerate(plan.items[:64]))
             raise NativeError(error.status, f"{error.message} (tensors {names})", error.entry) from error
 
-    def adam(self, plan: StepPlan, hypers: np.ndarray) -> None:
-        self._step("a8_adam", plan, hypers)
+    def adam(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
+        self._step("a8_adam", plan, hypers, live)
 
-    def adafactor(self, plan: StepPlan, hypers: np.ndarray) -> None:
-        self._step("a8_adafactor", plan, hypers, int(structs.Phase.ALL_PHASES), scratch=plan.scratch)
+    def adafactor(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
+        phases = int(structs.Phase.ALL_PHASES)
+        self._step("a8_adafactor", plan, hypers, live, phases, scratch=marshal.scratch_of(plan, live))
 
     def quantize(
         self,
@@ -103,10 +110,11 @@ class NativeBackend:
         seed: int,
     ) -> None:
         codec = marshal.codec_of(values, codes, blocks, fmt, block_size, stochastic, seed)
-        self._call("a8_quantize", values.device, codec)
+        self._call("a8_quantize", values.device, ctypes.byref(codec))
 
     def dequantize(self, codes: Tensor, blocks: Tensor, values: Tensor, fmt: StateFormat, block_size: int) -> None:
-        self._call("a8_dequantize", values.device, marshal.codec_of(values, codes, blocks, fmt, block_size))
+        codec = marshal.codec_of(values, codes, blocks, fmt, block_size)
+        self._call("a8_dequantize", values.device, ctypes.byref(codec))
 
 
 def require_cuda() -> None:

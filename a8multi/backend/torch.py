@@ -3,7 +3,7 @@
 The formulas are math.h's, one operation at a time in its order, on slices of a tensor so that temporaries stay small.
 On x86 CPUs, Adam and the formats give the same bits as the compiled library, for every format and dtype, subnormals
 included (tests/backend/test_torch.py); a NaN may differ from a NaN. Adafactor differs by the order in which sums are
-added. Nothing is read back to the host, so nothing synchronises.
+added. Nothing is read back to the host, so nothing synchronises, unless step counters or learning rates live there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from a8multi.loader.structs import Flag
-from a8multi.plan import Item, MomentSpec, StepPlan
+from a8multi.plan import Item, Live, MomentSpec, StepPlan
 from a8multi.quant.formats import StateFormat
 
 from . import torch_formats as formats
@@ -28,7 +28,7 @@ SLICE = 1 << 22
 
 
 class TorchBackend:
-    """Every operation on every device, with nothing compiled. Methods as in ``Backend``; ``lr_device`` is not read."""
+    """Every operation on every device, with nothing compiled. Methods as in ``Backend``."""
 
     name = "torch"
 
@@ -37,7 +37,8 @@ class TorchBackend:
         return BackendReport(self.name, True, "", None, str(torch.__version__), "plain torch operations", ops)
 
     @torch.no_grad()
-    def adam(self, plan: StepPlan, hypers: np.ndarray) -> None:
+    def adam(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
+        hypers = live.read(hypers) if live is not None else hypers
         for item, grad in zip(plan.items, plan.grads, strict=True):
             hyper = Hyper.of(hypers[item.hyper])
             rule = AdamRule.of(hyper)
@@ -45,7 +46,8 @@ class TorchBackend:
                 _adam(item, grad, hyper, rule, start, stop)
 
     @torch.no_grad()
-    def adafactor(self, plan: StepPlan, hypers: np.ndarray) -> None:
+    def adafactor(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
+        hypers = live.read(hypers) if live is not None else hypers
         for item, grad in zip(plan.items, plan.grads, strict=True):
             if item.param.numel():
                 _adafactor(item, grad, Hyper.of(hypers[item.hyper]))

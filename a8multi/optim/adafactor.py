@@ -11,15 +11,14 @@ from torch import Tensor
 
 from a8multi.backend.base import Backend
 from a8multi.backend.registry import backend_for, use_backend
-from a8multi.loader.structs import Flag
-from a8multi.plan import MomentSpec
+from a8multi.loader.structs import Flag, ScheduleRule
+from a8multi.plan import MomentSpec, Schedule
 from a8multi.quant.formats import check_block_size
 
 from .adamw import common_flags, moment_spec
-from .base import LowBitOptimizer, check_lr, check_number, check_seed
+from .base import LowBitOptimizer, check_flag, check_lr, check_number, check_seed
 from .roster import Group
 
-_FLOAT_MAX = torch.finfo(torch.float32).max
 # Its square is the smallest normal float32: below it 1 / eps1 would meet a second moment that underflowed to zero.
 _LEAST_EPS1 = 1.1e-19
 _FIRST_FORMATS = ("nf4", "int8", "bf16", "fp32")
@@ -52,7 +51,7 @@ class Adafactor8bit(LowBitOptimizer):
 
     Args:
         params: parameters or groups, float32, bfloat16 or float16. Each of the options below may differ by group.
-        lr: learning rate, >= 0; a float or a tensor of one element, read at every step.
+        lr: learning rate, >= 0; a float or a tensor of one element, see :class:`AdamW8bit`.
         beta1: decay of the first moment, in [0, 1); None: no first moment.
         beta2: fixed decay of the second moment, in [0, 1); None: ``1 - t ** beta2_decay``.
         beta2_decay: <= 0.
@@ -76,6 +75,8 @@ class Adafactor8bit(LowBitOptimizer):
         stochastic_rounding: of log8 codes, see :class:`AdamW8bit`.
         stochastic_rounding_writeback: round bfloat16 and float16 parameters stochastically when they are written.
         seed: of the noise, 0 to 2**64 - 1.
+        capturable: steps may be captured in a CUDA graph, see :class:`AdamW8bit`. ``beta2_decay`` and ``relative_step``
+            go on from replay to replay.
         apollo_rank, apollo_update_proj_gap, apollo_scale_type, apollo_eps, apollo_factorize, enable_fira_for_adafactor,
             fira_margin: APOLLO and Fira; not available in this version.
 
@@ -141,6 +142,7 @@ class Adafactor8bit(LowBitOptimizer):
         stochastic_rounding: bool = True,
         stochastic_rounding_writeback: bool = False,
         seed: int = 0,
+        capturable: bool = False,
     ) -> None:
         defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, defaults)
@@ -164,6 +166,7 @@ class Adafactor8bit(LowBitOptimizer):
         check_number("d", group["d"], 0.0)
         check_number("min_8bit_size", group["min_8bit_size"], 0)
         check_seed(group["seed"])
+        check_flag("capturable", group["capturable"])
         check_block_size("block_size", group["block_size"])
         check_block_size("m_block_size", group["m_block_size"])
         if group["first_moment"] not in _FIRST_FORMATS:
@@ -182,31 +185,33 @@ class Adafactor8bit(LowBitOptimizer):
             second = moment_spec(name, group["block_size"], param, min_numel)
         return first, second
 
-    def _hyper(self, group: Group, lr: float, step: int, dtype: torch.dtype) -> dict[str, Any]:
-        beta1, beta2 = group["beta1"] or 0.0, group["beta2"]
-        one_minus_beta2 = 1.0 - beta2 if beta2 is not None else float(step) ** group["beta2_decay"]
-        correction = 1.0
-        if group["beta1"] is not None and not group["relative_step"]:
-            correction = 1.0 / (1.0 - beta1**step)
-            if beta2 is not None:
-                correction *= math.sqrt(1.0 - beta2**step)
+    def _hyper(self, group: Group, dtype: torch.dtype) -> dict[str, Any]:
+        beta1, beta2 = group["beta1"] or 0.0, group["beta2"] or 0.0
         eps1, eps2 = group["eps"]
         flags = Flag.SCALE_PARAMETER if group["scale_parameter"] else Flag(0)
         flags |= Flag.SCALE_DECAY if group["scale_weight_decay"] else Flag(0)
         return {
-            "lr": lr,
             "beta1": beta1,
-            "beta2": 1.0 - one_minus_beta2,
+            "beta2": beta2,
             "one_minus_beta1": 1.0 - beta1,
-            "one_minus_beta2": one_minus_beta2,
+            "one_minus_beta2": 1.0 - beta2,
             "eps": max(torch.finfo(dtype).eps if eps1 is None else eps1, _LEAST_EPS1),
             "eps2": eps2,
             "weight_decay": group["weight_decay"],
-            "bias1": correction,
-            "bias2": 1.0 / math.sqrt(step) if group["relative_step"] else _FLOAT_MAX,
             "clip": group["d"],
             "flags": int(flags) | common_flags(group),
         }
+
+    def _schedule(self, group: Group) -> Schedule:
+        rules = ScheduleRule(0)
+        if group["relative_step"]:
+            rules |= ScheduleRule.RELATIVE_STEP
+        elif group["beta1"] is not None:
+            rules |= ScheduleRule.CORRECT_BIAS
+        beta1 = float(group["beta1"] or 0.0)
+        if group["beta2"] is None:
+            return Schedule(rules | ScheduleRule.BETA2_DECAYS, beta1, beta2_decay=float(group["beta2_decay"]))
+        return Schedule(rules, beta1, float(group["beta2"]))
 
     def _backend(self, device: torch.device) -> Backend:
         if all(group["use_cuda_kernel"] for group in self.param_groups):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from a8multi.loader.structs import Flag
-from a8multi.plan import MomentSpec
+from a8multi.loader.structs import Flag, ScheduleRule
+from a8multi.plan import MomentSpec, Schedule
 from a8multi.quant.formats import FORMATS, check_block_size
 
-from .base import LowBitOptimizer, check_lr, check_number, check_seed
+from .base import LowBitOptimizer, check_flag, check_lr, check_number, check_seed
 from .roster import Group
 
 _FIRST_FORMATS = ("int8", "nf4", "bf16", "fp32")
@@ -23,13 +22,14 @@ _SECOND_FORMATS = ("log8", "fp32")
 class AdamW8bit(LowBitOptimizer):
     r"""AdamW with quantised moments: decoupled weight decay, as in :class:`torch.optim.AdamW`.
 
-    State: 2.10 bytes a parameter with the defaults (one code for each moment, 12 bytes of headers a block of 128).
+    State: 2.06 bytes a parameter with the defaults (one code for each moment, 8 bytes of headers a block of 128).
     Arithmetic is float32 whatever the parameter's type, and the same bits on every backend, instruction set and number
     of threads. With ``first_moment="fp32", second_moment="fp32"`` it equals :class:`torch.optim.AdamW`.
 
     Args:
         params: parameters or groups, float32, bfloat16 or float16; gradients may be of another of these types.
-        lr: learning rate, >= 0; a float or a tensor of one element, read at every step.
+        lr: learning rate, >= 0; a float or a tensor of one element, read at every step: one on the device of the
+            parameters by the kernels, without waiting for it, any other by the host.
         betas: decay of the first and of the second moment, each in [0, 1).
         eps: added to the root of the second moment, >= 0.
         weight_decay: >= 0; the parameter is multiplied by ``1 - lr * weight_decay`` before the update.
@@ -43,12 +43,17 @@ class AdamW8bit(LowBitOptimizer):
             number, step and element, so that replicas stay identical.
         stochastic_rounding_writeback: round bfloat16 and float16 parameters stochastically when they are written.
         seed: of the noise, 0 to 2**64 - 1.
+        capturable: steps may be captured in a CUDA graph. The number of steps is then a tensor on the device, and all
+            that follows from it is computed there, at every replay; a learning rate that is a tensor on the device is
+            read there too, while anything else is as it was at the capture. Take a step before the capture. The bits
+            are those of the same steps without a graph. On other devices nothing but the type of ``step`` changes.
 
     Raises:
         ValueError: naming the parameter that is not valid.
 
-    Differences from ``torch.optim.AdamW``: no ``amsgrad``; ``step`` in the state is an int; a NaN or infinity in the
-    gradient makes the whole block of 128 elements of an int8 or nf4 moment NaN, where torch loses one element.
+    Differences from ``torch.optim.AdamW``: no ``amsgrad``; ``step`` in the state is an int, with ``capturable`` an
+    int64 tensor; ``capturable`` is not taken from a loaded state dict; a NaN or infinity in the gradient makes the
+    whole block of 128 elements of an int8 or nf4 moment NaN, where torch loses one element.
 
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2; block-wise 8-bit state: Dettmers et al. 2022,
     arXiv:2110.02861; nf4: Dettmers et al. 2023, arXiv:2305.14314, appendix E.
@@ -79,6 +84,7 @@ class AdamW8bit(LowBitOptimizer):
         stochastic_rounding: bool = True,
         stochastic_rounding_writeback: bool = False,
         seed: int = 0,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -95,6 +101,7 @@ class AdamW8bit(LowBitOptimizer):
                 "stochastic_rounding": stochastic_rounding,
                 "stochastic_rounding_writeback": stochastic_rounding_writeback,
                 "seed": seed,
+                "capturable": capturable,
             },
         )
 
@@ -109,6 +116,7 @@ class AdamW8bit(LowBitOptimizer):
         check_number("weight_decay", group["weight_decay"], 0.0)
         check_number("min_quantized_numel", group["min_quantized_numel"], 0)
         check_seed(group["seed"])
+        check_flag("capturable", group["capturable"])
         check_block_size("block_size", group["block_size"])
         for name, known in (("first_moment", _FIRST_FORMATS), ("second_moment", _SECOND_FORMATS)):
             if group[name] not in known:
@@ -120,21 +128,22 @@ class AdamW8bit(LowBitOptimizer):
             moment_spec(group["second_moment"], group["block_size"], param, group["min_quantized_numel"]),
         )
 
-    def _hyper(self, group: Group, lr: float, step: int, dtype: torch.dtype) -> dict[str, Any]:
+    def _hyper(self, group: Group, dtype: torch.dtype) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
         flags = self._decay_flag if group["weight_decay"] else 0
         return {
-            "lr": lr,
             "beta1": beta1,
             "beta2": beta2,
             "one_minus_beta1": 1.0 - beta1,
             "one_minus_beta2": 1.0 - beta2,
             "eps": group["eps"],
             "weight_decay": group["weight_decay"],
-            "bias1": 1.0 / (1.0 - beta1**step),
-            "bias2": 1.0 / math.sqrt(1.0 - beta2**step),
             "flags": flags | common_flags(group),
         }
+
+    def _schedule(self, group: Group) -> Schedule:
+        beta1, beta2 = group["betas"]
+        return Schedule(ScheduleRule.ADAM_BIAS, float(beta1), float(beta2))
 
 
 class Adam8bit(AdamW8bit):

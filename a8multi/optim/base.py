@@ -11,20 +11,18 @@ import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from a8multi.backend.base import Backend
 from a8multi.backend.registry import backend_for
 from a8multi.loader.structs import Flag
-from a8multi.plan import Item, MomentSpec, StepPlan, matrix_shape
-from a8multi.plan.step_plan import DTYPES, HYPER
+from a8multi.plan import Item, MomentSpec, Schedule, StepPlan, matrix_shape
+from a8multi.plan.step_plan import DTYPES
 
 from . import state as state_of
+from .hypers import hypers_of
 from .roster import Group, Roster, Work
-
-_HYPER_NAMES = HYPER.names or ()
 
 
 class LowBitOptimizer(torch.optim.Optimizer):
@@ -48,14 +46,20 @@ class LowBitOptimizer(torch.optim.Optimizer):
         """How the moments of this parameter are to be stored."""
         raise NotImplementedError
 
-    def _hyper(self, group: Group, lr: float, step: int, dtype: torch.dtype) -> dict[str, Any]:
-        """Fields of ``a8_hyper`` for the parameters of this group and type at this step."""
+    def _hyper(self, group: Group, dtype: torch.dtype) -> dict[str, Any]:
+        """Fields of ``a8_hyper`` for the parameters of this group and type, but for lr, seed and the schedule's."""
+        raise NotImplementedError
+
+    def _schedule(self, group: Group) -> Schedule:
+        """How the other fields follow from the step."""
         raise NotImplementedError
 
     # --- torch.optim.Optimizer. ---
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         super().__setstate__(saved)
+        for group in self.param_groups:
+            group.setdefault("capturable", False)
         self._roster = None
 
     def add_param_group(self, param_group: Group) -> None:
@@ -77,6 +81,9 @@ class LowBitOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` gave, every tensor with the type it was saved in, on the parameter's device.
 
+        ``capturable`` is not loaded: it says how this optimizer runs, and the steps taken become integers or tensors
+        as it needs them. After loading, a CUDA graph has to be captured again.
+
         Raises:
             StateFormatError: the state is not of this optimizer, or was saved with other formats; nothing is changed.
             ValueError: the groups differ in number or size.
@@ -87,7 +94,10 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
         def take(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             kept.update(state_of.checked(self, given, self._format_options, self._moment_specs))
-            return {**given, "state": {}}
+            own = [group["capturable"] for group in self.param_groups]
+            # Other numbers of groups are torch's to refuse.
+            groups = [{**group, "capturable": mine} for group, mine in zip(given["param_groups"], own, strict=False)]
+            return {**given, "state": {}, "param_groups": groups + given["param_groups"][len(own) :]}
 
         def put(_: torch.optim.Optimizer) -> None:
             params = [param for group in self.param_groups for param in group["params"]]
@@ -115,7 +125,12 @@ class LowBitOptimizer(torch.optim.Optimizer):
             ValueError: a gradient is sparse or of another shape or device, or a hyper-parameter is not valid. Nothing
                 has been written then.
             BackendUnavailable: the backend that was asked for cannot run here.
+            RuntimeError: the step is being captured in a CUDA graph, and a group is not ``capturable`` or a parameter
+                has no state yet.
         """
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if capturing:
+            self._check_capturable()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -124,8 +139,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
         roster, self._roster = self._roster, None
         try:
             if roster is None or not roster.holds(self, self._check_group):
-                roster = self._survey()
-            self._update(roster)
+                roster = self._survey(capturing)
+            self._update(roster, capturing)
         finally:
             if roster is not None:
                 roster.drop_grads()
@@ -134,11 +149,20 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
     # --- One step. ---
 
-    def _survey(self) -> Roster:
+    def _check_capturable(self) -> None:
+        for where, group in enumerate(self.param_groups):
+            if not group["capturable"]:
+                raise RuntimeError(
+                    f"step() of {type(self).__name__} is being captured in a CUDA graph, but param_groups[{where}] has "
+                    f"capturable=False: every replay would repeat the step number of the capture. Build the optimizer "
+                    f"with capturable=True"
+                )
+
+    def _survey(self, capturing: bool) -> Roster:
         """Parameters with gradients by device, all checked and with their states: the next thing is to update them."""
         # torch adds defaults of its own when a state is loaded, which groups do not have.
         options = [name for name in self.defaults if all(name in group for group in self.param_groups)]
-        formats = [name for name in options if name in (*self._format_options, "beta1")]
+        formats = [name for name in options if name in (*self._format_options, "beta1", "capturable")]
         roster = Roster(self, [name for name in options if name not in ("lr", *formats)], formats)
         number = 0
         for group in self.param_groups:
@@ -156,7 +180,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         for device in roster.works:
             self._backend(device)
         for work in roster.works.values():
-            self._plan(work)
+            self._plan(work, capturing)
         roster.remember()
         return roster
 
@@ -189,15 +213,29 @@ class LowBitOptimizer(torch.optim.Optimizer):
     def _backend(self, device: torch.device) -> Backend:
         return backend_for(device, self._op)
 
-    def _plan(self, work: Work) -> None:
+    def _plan(self, work: Work, capturing: bool) -> None:
         """Make the states of all parameters, or bring them into their groups' formats, and plan the contiguous ones."""
-        for i, param in enumerate(work.params):
-            first, second = self._moment_specs(work.groups[i], param)
-            state_of.ensure(work.states[i], param, first, second)
-            self.state[param] = work.states[i]
+        formats = [self._moment_specs(group, param) for group, param in zip(work.groups, work.params, strict=True)]
+        wanted = zip(work.states, work.params, formats, work.groups, strict=True)
+        arguments = [(state, param, *specs, group["capturable"]) for state, param, specs, group in wanted]
+        if capturing:
+            # Made now, it would belong to the graph, and every replay would start it anew.
+            for number, each in zip(work.numbers, arguments, strict=True):
+                if not state_of.is_ready(*each):
+                    raise RuntimeError(
+                        f"step() of {type(self).__name__} is being captured in a CUDA graph, but the state of "
+                        f"{self._name(number)} is not there yet, or not in the group's format. Take a step with the "
+                        f"same gradients present before the capture"
+                    )
+        for each in arguments:
+            state_of.ensure(*each)
+        for param, state in zip(work.params, work.states, strict=True):
+            self.state[param] = state
         work.assign_rows()
         items = [self._item(work, i, work.params[i]) for i in work.contiguous(list(range(len(work.params))))]
-        work.plan = StepPlan(work.device, items, carries_squares=self._op == "adafactor")
+        # A replay writes parameters without a word to the host, so nothing that it knows of their squares would hold.
+        carries = self._op == "adafactor" and not any(group["capturable"] for group in work.groups)
+        work.plan = StepPlan(work.device, items, carries_squares=carries)
 
     def _item(self, work: Work, index: int, param: Tensor) -> Item:
         owner, state, number = work.params[index], work.states[index], work.numbers[index]
@@ -221,21 +259,24 @@ class LowBitOptimizer(torch.optim.Optimizer):
             name=self._name(number),
         )
 
-    def _update(self, roster: Roster) -> None:
+    def _update(self, roster: Roster, capturing: bool) -> None:
         works = list(roster.works.values())
         backends = [self._backend(work.device) for work in works]
-        tables = [self._hypers(work) for work in works]
-        for work, backend, hypers in zip(works, backends, tables, strict=True):
+        for group in {id(group): group for work in works for group, _, _ in work.row_keys}.values():
+            check_lr(group["lr"])
+        tables = [hypers_of(work, self._hyper, self._schedule, capturing) for work in works]
+        for work, backend, (hypers, live) in zip(works, backends, tables, strict=True):
             run = getattr(backend, self._op)
+            more = () if live is None else (live,)
             plan = work.plan
             if plan.items:
                 plan.grads = work.contiguous(work.grads)
                 try:
-                    run(plan, hypers)
+                    run(plan, hypers, *more)
                 finally:
                     plan.grads = []
             for index in work.strided:
-                self._update_strided(run, work, index, hypers)
+                self._update_strided(run, work, index, hypers, *more)
             # Kernels write through raw pointers: without this autograd would not notice a parameter saved for backward.
             _bump_versions(work.params)
             if plan.squares is not None:
@@ -243,26 +284,15 @@ class LowBitOptimizer(torch.optim.Optimizer):
                 plan.squares.leave(asked[plan.tensors["hyper"]])
         roster.count_steps()
 
-    def _update_strided(self, run: Callable[..., None], work: Work, index: int, hypers: np.ndarray) -> None:
+    def _update_strided(self, run: Callable[..., None], work: Work, index: int, *hypers: Any) -> None:
         """One parameter that is not contiguous, or its gradient is not. A copy of each is the only temporary."""
         param = work.params[index]
         item = self._item(work, index, param.contiguous())
         plan = StepPlan(work.device, [item])
         plan.grads = [work.grads[index].contiguous()]
-        run(plan, hypers)
+        run(plan, *hypers)
         if item.param is not param:
             param.copy_(item.param)
-
-    def _hypers(self, work: Work) -> np.ndarray:
-        """The hyper-parameter table of a work's next step."""
-        rows = []
-        for group, step, dtype in work.row_keys:
-            check_lr(group["lr"])
-            seed = int(group["seed"])
-            record = self._hyper(group, float(group["lr"]), step + 1, dtype)
-            record.update(step=(step + 1) & 0xFFFFFFFF, seed_low=seed & 0xFFFFFFFF, seed_high=seed >> 32)
-            rows.append(tuple([record.get(name, 0) for name in _HYPER_NAMES]))
-        return np.array(rows, HYPER)
 
 
 def _check_param(param: Tensor) -> None:
@@ -293,13 +323,21 @@ def check_number(name: str, value: Any, least: float, below: float = math.inf, *
 
 
 def check_lr(lr: Any) -> None:
-    """Raise ValueError unless ``lr`` is a finite number >= 0 or a tensor of one such element."""
+    """Raise ValueError unless ``lr`` is a finite number >= 0, a tensor of one such, or one of any on another device."""
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be a number or a tensor of one element, not of shape {tuple(lr.shape)}")
-    check_number("lr", lr, 0.0)
+    # To look at a number on another device is to wait for that device.
+    if not isinstance(lr, Tensor) or lr.device.type == "cpu":
+        check_number("lr", lr, 0.0)
 
 
 def check_seed(seed: Any) -> None:
     """Raise ValueError unless ``seed`` is an integer from 0 to 2**64 - 1."""
     if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, not {seed!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, not {value!r}")

@@ -29,7 +29,8 @@ class Work:
         grads: the gradients, while a step runs; else empty, so that their memory is free for the next backward.
         strided: indices of the parameters that are not contiguous, or their gradients are not.
         rows: for each parameter its row in the table of hyper-parameters.
-        row_keys: for each row its group, the steps that its parameters have taken and their type.
+        row_keys: for each row its group, the steps that its parameters have taken and their type. Parameters whose
+            steps are counted on the device have a row each, and their counter in the place of a number.
         plan: of the contiguous ones; set when everything has been checked.
     """
 
@@ -44,7 +45,7 @@ class Work:
         self.states: list[State] = []
         self.strided: list[int] = []
         self.rows: list[int] = []
-        self.row_keys: list[tuple[Group, int, torch.dtype]] = []
+        self.row_keys: list[tuple[Group, int | Tensor, torch.dtype]] = []
 
     def add(self, param: Tensor, grad: Tensor, group: Group, number: int, state: State) -> None:
         if not (param.is_contiguous() and grad.is_contiguous()):
@@ -67,6 +68,10 @@ class Work:
         known: dict[tuple[int, int, torch.dtype], int] = {}
         for param, group, state in zip(self.params, self.groups, self.states, strict=True):
             step = state.get("step", 0)
+            if isinstance(step, Tensor):
+                self.rows.append(len(self.row_keys))
+                self.row_keys.append((group, step, param.dtype))
+                continue
             key = (id(group), step, param.dtype)
             if key not in known:
                 known[key] = len(self.row_keys)
@@ -83,9 +88,14 @@ class Work:
         params_seen, grads_seen = self._metadata
         return params_seen.fits(self.params) and grads_seen.fits(grads)
 
-    def next_steps(self) -> list[int]:
-        """Add one to the steps of every row. Returns those of each parameter, the same object throughout a row."""
-        self.row_keys = [(group, step + 1, dtype) for group, step, dtype in self.row_keys]
+    def next_steps(self) -> list[int | Tensor]:
+        """Add one to the steps of every row. Returns those of each parameter, the same object throughout a row.
+
+        Counters on the device stay: the step itself has moved them on.
+        """
+        self.row_keys = [
+            (group, step if isinstance(step, Tensor) else step + 1, dtype) for group, step, dtype in self.row_keys
+        ]
         steps = [step for _, step, _ in self.row_keys]
         return [steps[row] for row in self.rows] if len(steps) > 1 else steps * len(self.rows)
 

@@ -1,6 +1,6 @@
-"""The state of one parameter: plain tensors with plain names, and an integer step.
+"""The state of one parameter: plain tensors with plain names, and the number of steps.
 
-    step            int, steps taken
+    step            steps taken: int; with ``capturable`` int64, 0-d, on the parameter's device
     exp_avg         first moment: codes of the parameter's shape (nf4: packed bytes), or float values
     exp_avg_block   its block headers, when quantised
     exp_avg_sq      second moment, element by element: codes or float32 values
@@ -55,17 +55,44 @@ def layout(
 
 def _held(state: State) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """As ``layout``, of the tensors that are there."""
-    return {name: (tuple(value.shape), value.dtype) for name, value in state.items() if isinstance(value, Tensor)}
+    return {
+        name: (tuple(value.shape), value.dtype)
+        for name, value in state.items()
+        if isinstance(value, Tensor) and name != "step"
+    }
 
 
-def ensure(state: State, param: Tensor, first: MomentSpec | None, second: MomentSpec) -> None:
+def _step(steps: Any, device: torch.device, capturable: bool) -> int | Tensor:
+    """The number of steps as a group keeps it. A tensor on a device is read only if an integer is wanted."""
+    if not capturable:
+        return int(steps)
+    if isinstance(steps, Tensor):
+        return steps if _counts(steps) else steps.detach().reshape(()).to(device, torch.int64)
+    return torch.full((), int(steps), dtype=torch.int64, device=device)
+
+
+def _counts(step: Any) -> bool:
+    return isinstance(step, Tensor) and step.dtype is torch.int64 and step.ndim == 0
+
+
+def is_ready(state: State, param: Tensor, first: MomentSpec | None, second: MomentSpec, capturable: bool) -> bool:
+    """Whether ``ensure`` would leave everything as it is."""
+    step = state.get("step")
+    return (
+        (_counts(step) if capturable else type(step) is int)
+        and _held(state) == layout(param, first, second)
+        and all(v.device == param.device and v.is_contiguous() for v in state.values() if isinstance(v, Tensor))
+    )
+
+
+def ensure(state: State, param: Tensor, first: MomentSpec | None, second: MomentSpec, capturable: bool) -> None:
     """Make the state, or bring what is there into these formats without losing it."""
     for name, value in state.items():
         # The model was moved after a step, or the user put a view there.
         if isinstance(value, Tensor) and not (value.device == param.device and value.is_contiguous()):
             state[name] = value.to(param.device).contiguous()
     wanted, held = layout(param, first, second), _held(state)
-    step = int(state.get("step", 0))
+    step = _step(state.get("step", 0), param.device, capturable)
     if held == wanted:
         state["step"] = step
         return
@@ -118,7 +145,10 @@ def checked(
         for param, key in zip(group["params"], saved_group["params"], strict=True):
             if key in given["state"]:
                 first, second = specs(saved_group, param)
-                result[number] = _checked_state(given["state"][key], param, layout(param, first, second), number)
+                saved = _checked_state(given["state"][key], param, layout(param, first, second), number)
+                if saved:
+                    saved["step"] = _step(saved["step"], param.device, group["capturable"])
+                result[number] = saved
             number += 1
     return result
 
@@ -145,13 +175,14 @@ def _checked_state(
     held = _held(saved)
     if not saved:
         return {}
-    if held != wanted or not isinstance(saved.get("step"), int):
+    step = saved.get("step")
+    if held != wanted or not (_counts(step) or isinstance(step, int)):
         raise StateFormatError(
             f"state of parameter {number}, of shape {tuple(param.shape)}: expected an integer step and {_words(wanted)}"
             f"; found step={saved.get('step')!r} and {_words(held)}"
         )
     copies = {k: v.detach().to(param.device, copy=True) for k, v in saved.items() if isinstance(v, Tensor)}
-    return {"step": saved["step"], **copies}
+    return {"step": step, **copies}
 
 
 def _words(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:

@@ -1,6 +1,7 @@
 // The C entries of the CPU library: check every argument, choose the kernels, run. Nothing is written before all of a
 // batch has been checked. Declarations and their promises: a8/abi.h.
 #include "a8/entry.h"
+#include "a8/schedule.h"
 
 #include <exception>
 #include <new>
@@ -158,6 +159,19 @@ A8_EXPORT int32_t a8_quantize(a8_exec* exec, const a8_codec* codec) {
 
 A8_EXPORT int32_t a8_dequantize(a8_exec* exec, const a8_codec* codec) {
   return guarded([&] { return run_codec(exec, codec, false); });
+}
+
+A8_EXPORT int32_t a8_derive(a8_exec* exec, const a8_schedule* from, a8_hyper* to, uint32_t count, uint32_t advance) {
+  return guarded([&] {
+    if (int32_t status = check_derive(exec, from, to, count, advance)) return status;
+    exec->isa_ran = 0;
+    for (uint32_t i = 0; i < count; ++i) {
+      if (!from[i].step) continue;
+      *from[i].step += advance;
+      a8_derive_row(&from[i], *from[i].step, &to[i]);
+    }
+    return (int32_t)A8_OK;
+  });
 }
 
 A8_EXPORT int32_t a8_adam(a8_exec* exec, const a8_batch* batch) {

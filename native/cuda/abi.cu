@@ -7,6 +7,7 @@
 #include "kernels/adafactor.cuh"
 #include "kernels/adam.cuh"
 #include "kernels/codec.cuh"
+#include "kernels/schedule.cuh"
 
 #ifndef A8_ARCHITECTURES
 #define A8_ARCHITECTURES "unknown"
@@ -169,5 +170,15 @@ A8_EXPORT int32_t a8_adafactor(a8_exec* exec, const a8_batch* batch, uint32_t ph
   if (batch->chunk_count == 0) return A8_OK;
   return on_device(exec, "the Adafactor step", [&](cudaStream_t stream) {
     return launch_adafactor(*batch, static_cast<float*>(exec->scratch), phases, stream);
+  });
+}
+
+A8_EXPORT int32_t a8_derive(a8_exec* exec, const a8_schedule* from, a8_hyper* to, uint32_t count, uint32_t advance) {
+  a8_message[0] = 0;
+  if (int32_t status = check_derive(exec, from, to, count, advance)) return status;
+  if (count == 0) return A8_OK;
+  return on_device(exec, "deriving the hyper-parameters", [&](cudaStream_t stream) {
+    a8_derive_kernel<<<(count - 1) / A8_THREADS + 1, A8_THREADS, 0, stream>>>(from, to, count, advance);
+    return cudaGetLastError();
   });
 }

@@ -32,5 +32,7 @@ def test_every_kernel_that_is_asked_for_is_in_its_source(monkeypatch: pytest.Mon
     module.RawModule = RawModule  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.setattr(cupy_backend, "require_cuda", lambda: None)
-    assert set(cupy_backend.CupyBackend()._kernels.values()) == set(asked)
-    assert asked
+    backend = cupy_backend.CupyBackend()
+    for name in cupy_backend._FILES:
+        backend._kernel(name)
+    assert len(asked) == len(cupy_backend._FILES) > 0

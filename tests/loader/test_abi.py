@@ -13,6 +13,7 @@ INCLUDE = Path(__file__).parents[2] / "native" / "include"
 HEADER = re.sub(r"//.*", "", (INCLUDE / "a8" / "abi.h").read_text(encoding="utf-8"))
 
 SCALARS = {
+    "double": ctypes.c_double,
     "float": ctypes.c_float,
     "int32_t": ctypes.c_int32,
     "int64_t": ctypes.c_int64,

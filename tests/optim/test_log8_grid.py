@@ -15,7 +15,7 @@ BLOCK, NUMEL = 128, 128 * 64
 
 
 class Run:
-    """One parameter whose gradients differ by orders of magnitude; bits: smallest and largest second moment of a block."""
+    """One parameter whose gradients differ by orders of magnitude."""
 
     def __init__(self, device: Any, **options: Any) -> None:
         self.params = [torch.nn.Parameter(torch.zeros(NUMEL, device=device))]

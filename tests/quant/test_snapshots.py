@@ -77,9 +77,7 @@ def test_nf4_levels(backend):
 
 
 def test_the_formats_are_these():
-    described = {
-        f.name: (int(f.code), f.dtype, f.packed, f.header, f.zero_byte) for f in FORMATS.values()
-    }
+    described = {f.name: (int(f.code), f.dtype, f.packed, f.header, f.zero_byte) for f in FORMATS.values()}
     assert described == {
         "fp32": (1, torch.float32, False, None, 0),
         "bf16": (2, torch.bfloat16, False, None, 0),

@@ -52,6 +52,11 @@ enum a8_flag {
 // far as the caller knows; the kernels look at a sample of it and then trust the sums of p^2 that apply left.
 enum a8_tensor_flag { A8_SQUARES_KNOWN = 1 };
 
+// Bits of a8_schedule.rules: what of a8_hyper follows from the step, and how (schedule.h). t: the step, counted from 1.
+// ADAM_BIAS: bias1 = 1 / (1 - beta1^t), bias2 = 1 / sqrt(1 - beta2^t). BETA2_DECAYS: one_minus_beta2 = t^beta2_decay.
+// CORRECT_BIAS: bias1 = sqrt(1 - beta2^t) / (1 - beta1^t), without the root if beta2 decays. RELATIVE_STEP: bias2 = 1 / sqrt(t).
+enum a8_schedule_rule { A8_ADAM_BIAS = 1, A8_BETA2_DECAYS = 2, A8_CORRECT_BIAS = 4, A8_RELATIVE_STEP = 8 };
+
 // Phases of an Adafactor step, in order. A caller may run them one by one, with a collective on the scratch between.
 enum a8_phase { A8_REDUCE = 1, A8_MOMENTS = 2, A8_NORM = 4, A8_APPLY = 8, A8_ALL_PHASES = 15 };
 
@@ -66,6 +71,7 @@ typedef struct a8_info {
   uint32_t sizeof_chunk;
   uint32_t sizeof_batch;
   uint32_t sizeof_codec;
+  uint32_t sizeof_schedule;
   uint32_t chunk;
   uint32_t tile_rows;
   uint32_t tile_cols;
@@ -181,17 +187,32 @@ typedef struct a8_codec {
   uint32_t reserved2;
 } a8_codec;
 
+// What a8_derive needs for one row of hypers. step: the counter of steps, where the kernels run; null: the row stays as the
+// caller wrote it.
+typedef struct a8_schedule {
+  int64_t* step;
+  double beta1;
+  double beta2;
+  double beta2_decay;
+  uint32_t rules;
+  uint32_t reserved;
+} a8_schedule;
+
 #if defined(_WIN32)
 #define A8_EXPORT extern "C" __declspec(dllexport)
 #else
 #define A8_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
+// a8_derive: for each of `count` rows, adds `advance` to its counter (1, or 0 when an earlier call of the same step has done
+// so) and writes the fields that follow from the step. On a GPU every pointer is a device address, so that a captured graph
+// counts by itself.
 #if !defined(__CUDACC_RTC__)
 A8_EXPORT int32_t a8_get_info(a8_info* info);
 A8_EXPORT const char* a8_last_error(void);
 A8_EXPORT int32_t a8_quantize(a8_exec* exec, const a8_codec* codec);
 A8_EXPORT int32_t a8_dequantize(a8_exec* exec, const a8_codec* codec);
+A8_EXPORT int32_t a8_derive(a8_exec* exec, const a8_schedule* from, a8_hyper* to, uint32_t count, uint32_t advance);
 A8_EXPORT int32_t a8_adam(a8_exec* exec, const a8_batch* batch);
 A8_EXPORT int32_t a8_adafactor(a8_exec* exec, const a8_batch* batch, uint32_t phases);
 #endif

@@ -11,7 +11,7 @@
 
 static_assert(A8_CHUNK % A8_MAX_BLOCK == 0, "a block never crosses a chunk");
 static_assert(A8_TILE_COLS % A8_LANES == 0 && A8_CHUNK % A8_LANES == 0, "accumulators restart at a tile");
-static_assert(sizeof(a8_tensor) == 144 && sizeof(a8_hyper) == 72, "no hidden padding");
+static_assert(sizeof(a8_tensor) == 144 && sizeof(a8_hyper) == 72 && sizeof(a8_schedule) == 40, "no hidden padding");
 
 namespace {
 
@@ -39,6 +39,7 @@ inline int32_t fill_info(a8_info* info, const char* backend, uint32_t ops) {
   info->sizeof_chunk = sizeof(a8_chunk);
   info->sizeof_batch = sizeof(a8_batch);
   info->sizeof_codec = sizeof(a8_codec);
+  info->sizeof_schedule = sizeof(a8_schedule);
   info->chunk = A8_CHUNK;
   info->tile_rows = A8_TILE_ROWS;
   info->tile_cols = A8_TILE_COLS;
@@ -66,6 +67,15 @@ inline int32_t check_codec(const a8_exec* exec, const a8_codec* codec) {
   if (!good_block(codec->block_size))
     return fail(A8_ERROR_ARGUMENT, "block_size %u is not a power of two from %d to %d", codec->block_size, A8_MIN_BLOCK,
                 A8_MAX_BLOCK);
+  return A8_OK;
+}
+
+inline int32_t check_derive(const a8_exec* exec, const a8_schedule* from, const a8_hyper* to, uint32_t count,
+                            uint32_t advance) {
+  if (!exec || (count && (!from || !to))) return fail(A8_ERROR_ARGUMENT, "exec, schedules or hypers is null");
+  if (!aligned(from, 8) || !aligned(to, 8))
+    return fail(A8_ERROR_ARGUMENT, "schedules or hypers is not aligned to 8 bytes");
+  if (advance > 1) return fail(A8_ERROR_ARGUMENT, "advance is %u, not 0 or 1", advance);
   return A8_OK;
 }
 

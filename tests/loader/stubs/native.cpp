@@ -50,6 +50,7 @@ A8_EXPORT int32_t a8_get_info(a8_info* info) {
   info->sizeof_chunk = sizeof(a8_chunk);
   info->sizeof_batch = sizeof(a8_batch);
   info->sizeof_codec = sizeof(a8_codec);
+  info->sizeof_schedule = sizeof(a8_schedule);
   info->chunk = STUB_CHUNK;
   info->tile_rows = A8_TILE_ROWS;
   info->tile_cols = A8_TILE_COLS;
@@ -72,6 +73,8 @@ A8_EXPORT int32_t a8_dequantize(a8_exec* exec, const a8_codec* codec) {
   exec->isa_ran = codec->block_size;
   return A8_OK;
 }
+
+A8_EXPORT int32_t a8_derive(a8_exec*, const a8_schedule*, a8_hyper*, uint32_t, uint32_t) { return A8_OK; }
 
 #if !defined(STUB_NO_ADAM)
 A8_EXPORT int32_t a8_adam(a8_exec*, const a8_batch*) { return fail(77, ""); }

@@ -1,0 +1,163 @@
+"""How hyper-parameters follow from the step, and what of them lives on the device.
+
+The formulas are the mirror of native/include/a8/schedule.h, operation for operation on doubles, which Python's floats
+are: eager steps derive on the host with the functions here, steps with counters on the device with ``a8_derive``, and
+the bits are the same (docs/decisions/0010-derived-on-device.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from a8multi.errors import BackendUnavailable
+from a8multi.loader import structs
+from a8multi.loader.structs import ScheduleRule
+
+SCHEDULE = np.dtype(structs.Schedule)
+
+_FLOAT_MAX = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a step derives its hyper-parameters from, but for the step's number: ``a8_schedule``.
+
+    Attributes:
+        rules: which fields follow from the step, and how.
+        beta1, beta2: decays, 0 without one; beta2 is not read when it decays.
+        beta2_decay: <= 0.
+    """
+
+    rules: ScheduleRule
+    beta1: float = 0.0
+    beta2: float = 0.0
+    beta2_decay: float = 0.0
+
+    def derived(self, step: int) -> dict[str, float]:
+        """Fields of ``a8_hyper`` at a step, counted from 1, in double precision."""
+        fields: dict[str, float] = {"step": step & 0xFFFFFFFF}
+        first = 1.0 / (1.0 - _power(self.beta1, step))
+        root = math.sqrt(1.0 - _power(self.beta2, step))
+        if self.rules & ScheduleRule.BETA2_DECAYS:
+            one_minus_beta2 = decay(step, self.beta2_decay)
+            fields.update(beta2=1.0 - one_minus_beta2, one_minus_beta2=one_minus_beta2)
+        if self.rules & ScheduleRule.ADAM_BIAS:
+            fields.update(bias1=first, bias2=1.0 / root)
+            return fields
+        if self.rules & ScheduleRule.BETA2_DECAYS:
+            root = 1.0
+        fields["bias1"] = first * root if self.rules & ScheduleRule.CORRECT_BIAS else 1.0
+        fields["bias2"] = 1.0 / math.sqrt(step) if self.rules & ScheduleRule.RELATIVE_STEP else _FLOAT_MAX
+        return fields
+
+    def record(self) -> tuple[Any, ...]:
+        """As ``SCHEDULE``, without a counter."""
+        return 0, self.beta1, self.beta2, self.beta2_decay, int(self.rules), 0
+
+
+def _power(x: float, n: int) -> float:
+    result = 1.0
+    while n > 0:
+        if n & 1:
+            result = result * x
+        x = x * x
+        n >>= 1
+    return result
+
+
+def _exp2_product(exponent: float, whole: float, fraction: float) -> float:
+    spread = 134217729.0 * exponent
+    high = spread - (spread - exponent)
+    rest = (exponent - high) * whole + exponent * fraction
+    head = high * whole
+    shift = int(0.5 - (head + rest))
+    z = ((head + float(shift)) + rest) * 0.6931471805599453
+    result = 1.0
+    for k in range(14, 0, -1):
+        result = 1.0 + result * z / float(k)
+    return result * _power(0.5, shift)
+
+
+def decay(step: int, exponent: float) -> float:
+    """``step ** exponent`` for an integer step >= 1 and exponent <= 0, within 1e-15 for exponents down to -1."""
+    exponent = max(float(exponent), -2000.0)
+    mantissa, whole = float(step), 0.0
+    while mantissa > 1.4142135623730951:
+        mantissa = mantissa * 0.5
+        whole = whole + 1.0
+    s = (mantissa - 1.0) / (mantissa + 1.0)
+    square = s * s
+    series = 0.0
+    for k in range(23, 0, -2):
+        series = series * square + 1.0 / float(k)
+    return _exp2_product(exponent, whole, 2.8853900817779268 * (s * series))
+
+
+@dataclass
+class Live:
+    """What of one step's hyper-parameters lives on the device, by row of their table.
+
+    Attributes:
+        records: ``SCHEDULE`` of every row, with the addresses of the counters; none when there are no counters.
+        rows: the schedule of every row.
+        counters: steps taken, int64 0-d on the device; None where the table holds all that follows from the step.
+        rates: learning rates, float32 of one element on the device; None where the table holds it.
+        capturing: the step is being captured in a CUDA graph: what it uses must live as long as the graph, and what is
+            copied from the host is copied at every replay.
+        advance: what the next derivation of this step adds to the counters. Several plans may share the counters.
+        kept: device memory that must live until the step has been launched.
+        staged_bytes: of the tables that the step has copied to the device or may have to.
+    """
+
+    records: np.ndarray
+    rows: Sequence[Schedule]
+    counters: Sequence[Tensor | None]
+    rates: Sequence[Tensor | None]
+    capturing: bool = False
+    advance: int = 1
+    kept: list[Tensor] = field(default_factory=list)
+    staged_bytes: int = 0
+
+    def advanced(self) -> int:
+        """``advance``, for the derivation that is about to run."""
+        advance, self.advance = self.advance, 0
+        return advance
+
+    def read(self, hypers: np.ndarray) -> np.ndarray:
+        """The table with all that lives on the device, read back to the host; moves the counters on.
+
+        For backends that need every number on the host. On a GPU this synchronises.
+
+        Raises:
+            BackendUnavailable: the step is being captured in a CUDA graph.
+        """
+        if self.capturing:
+            raise BackendUnavailable(
+                "the torch backend cannot run in a CUDA graph: it needs the step's number and the learning rate on the "
+                "host. Capture with the cuda or cupy backend, or step outside of the graph"
+            )
+        hypers = hypers.copy()
+        for row, rate in enumerate(self.rates):
+            if rate is not None:
+                hypers["lr"][row], hypers["lr_device"][row] = float(rate), 0
+        counted = [(row, counter) for row, counter in enumerate(self.counters) if counter is not None]
+        if not counted:
+            return hypers
+        counters = [counter for _, counter in counted]
+        if self.advanced():
+            torch._foreach_add_(counters, 1)
+        known: dict[tuple[Schedule, int], dict[str, float]] = {}
+        for (row, _), step in zip(counted, torch.stack(counters).tolist(), strict=True):
+            key = self.rows[row], step
+            if key not in known:
+                known[key] = self.rows[row].derived(step)
+            for name, value in known[key].items():
+                hypers[name][row] = value
+        return hypers
