@@ -161,8 +161,8 @@ def make_parameters(
 def measure(candidate: Candidate, parameters: list[torch.nn.Parameter], device: torch.device, steps: int) -> Row:
     """Times a candidate in turns with the reference.
 
-    Both step the same parameters: what a step costs does not depend on their values, and the larger sets would not fit
-    in memory twice. Any failure of the candidate becomes the row's error, so that one broken peer spoils no other row.
+    Each steps parameters of its own, as in training, where nobody else writes them between two steps; the gradients are
+    shared. Any failure of the candidate becomes the row's error, so that one broken peer spoils no other row.
     """
     from a8multi.cli.candidates import REFERENCE
 
@@ -170,7 +170,7 @@ def measure(candidate: Candidate, parameters: list[torch.nn.Parameter], device: 
     try:
         optimizer = candidate.build(parameters)
         # The reference takes turns with itself: its ratio, which should be 1, shows how much the machine wavers.
-        reference = optimizer if candidate is REFERENCE else REFERENCE.build(parameters)
+        reference = optimizer if candidate is REFERENCE else REFERENCE.build(_copies(parameters))
         for _ in range(WARMUP_STEPS):
             time_step(reference, device)
             time_step(optimizer, device)
@@ -188,6 +188,15 @@ def measure(candidate: Candidate, parameters: list[torch.nn.Parameter], device: 
         optimizer = reference = None  # type: ignore[assignment]
         gc.collect()
     return row
+
+
+def _copies(parameters: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    import torch
+
+    copies = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    for copy, parameter in zip(copies, parameters, strict=True):
+        copy.grad = parameter.grad
+    return copies
 
 
 def time_step(optimizer: Optimizer, device: torch.device) -> tuple[float, float]:
