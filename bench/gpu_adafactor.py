@@ -62,7 +62,7 @@ class Case:
             "first": moment_bytes(self.first, self.numel),
             "first_block": 4 * -(-self.numel // self.first_block) if self.first in ("int8", "nf4") else 0,
             "second": 4 * self.rows if factored else moment_bytes(self.second, self.numel),
-            "second_block": 4 * self.cols if factored else 8 * -(-self.numel // self.second_block),
+            "second_block": 4 * self.cols if factored else 4 * -(-self.numel // self.second_block),
         }
 
     def unit(self, name: str) -> int:

@@ -64,7 +64,7 @@ class Case:
             "first": moment_bytes(self.first, self.numel),
             "first_block": 4 * blocks(self.first_block) if self.first in ("int8", "nf4") else 0,
             "second": moment_bytes(self.second, self.numel),
-            "second_block": 8 * blocks(self.second_block) if self.second == "log8" else 0,
+            "second_block": 4 * blocks(self.second_block) if self.second == "log8" else 0,
         }
 
 
@@ -195,7 +195,7 @@ def check_codec(cpu: Library, cuda: Library) -> int:
         for library in (cpu, cuda):
             values, back = x.to(library.device), torch.zeros(n, dtype=TORCH[dtype], device=library.device)
             codes = torch.zeros((n + 1) // 2 if fmt is Format.NF4 else n, dtype=torch.uint8, device=library.device)
-            headers = torch.zeros(-(-n // block) * 2, dtype=torch.int32, device=library.device)
+            headers = torch.zeros(-(-n // block), dtype=torch.int32, device=library.device)
             for entry, array in (("a8_quantize", values), ("a8_dequantize", back)):
                 library.run(entry, Codec(
                     values=array.data_ptr(), codes=codes.data_ptr(), blocks=headers.data_ptr(), numel=n,

@@ -1,4 +1,4 @@
-// a8_adafactor of abi.h: one step of Adafactor over a table of tensors, in six launches for the whole of it.
+// a8_adafactor of abi.h: one step of Adafactor over a table of tensors, in eight launches for the whole of it.
 //
 // reduce -> means -> factors -> norm -> totals -> apply; the phases of abi.h are reduce (with the first half of means),
 // moments (its second half, and factors), norm (with totals) and apply. They meet in the scratch.
@@ -63,28 +63,58 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS) a8_adafactor_factors_ke
 
 // The chunks of one block of threads, a warp each; those that no fast path takes are left to all warps together.
 typedef struct a8_chunk_room {
+  union {
+    a8_factor_room general;
+    alignas(16) char arena[A8_WARPS][A8_ARENA_BYTES];
+  };
   a8_nf4_table table;
   uint32_t left[A8_WARPS];
 } a8_chunk_room;
 
-// Sums of p^2 and u^2 of every chunk. One block of threads A8_WARPS chunks; from the last on, whose gradients the reduce
-// phase has read last.
-extern "C" __global__ void __launch_bounds__(A8_THREADS, 2) a8_adafactor_norm_kernel(a8_batch batch, float* scratch) {
-  __shared__ a8_factor_room general;
-  __shared__ a8_chunk_room room;
-  uint32_t first = (gridDim.x - 1 - blockIdx.x) * A8_WARPS, warp = a8_warp_number(), index = first + warp;
-  a8_share_nf4_table(&room.table);
+// Blocks of threads that share a multiprocessor: the compiler then allows itself 80 registers, or 128. Before Ampere shared
+// memory has room for one. Kernels of their own for the two kinds of second moment: each with the registers it needs.
+#define A8_THREE_RESIDENT (A8_AMPERE ? 3 : 1)
+#define A8_TWO_RESIDENT (A8_AMPERE ? 2 : 1)
+
+// Whether this block of threads has a chunk of a tensor of the kind that the kernel is for; mine: whether this warp has.
+template <bool kFactored>
+A8_FN bool a8_has_chunks(const a8_batch& batch, uint32_t index, bool* mine) {
+  *mine = false;
+  if (index < batch.chunk_count)
+    *mine = (batch.tensors[batch.chunks[index].tensor].second_format == A8_FACTORED) == kFactored;
+  return __syncthreads_or(*mine);
+}
+
+// Sums of p^2 and u^2 of A8_WARPS chunks, from number `first` on, by a block of threads.
+template <bool kFactored>
+A8_FN void a8_norm_chunks(const a8_batch& batch, float* scratch, uint32_t first, a8_chunk_room* room) {
+  uint32_t warp = a8_warp_number(), index = first + warp;
+  bool mine, left = false;
+  if (!a8_has_chunks<kFactored>(batch, index, &mine)) return;
+  a8_share_nf4_table(&room->table);
   __syncthreads();
-  bool left = false;
-  if (index < batch.chunk_count) {
+  if (mine) {
     a8_factor_job job = a8_factor_job_of(batch, scratch, index);
     left = !a8_suits_warp(job);
-    if (!left) a8_norm_warp(job, {&batch, scratch, index}, &room.table);
+    if (!left) a8_norm_warp<kFactored>(job, room->arena[warp], &room->table);
   }
-  room.left[warp] = left;
+  room->left[warp] = left;
   __syncthreads();
   for (uint32_t i = 0; i < A8_WARPS; ++i)
-    if (room.left[i]) a8_norm_general(a8_factor_job_of(batch, scratch, first + i), &general);
+    if (room->left[i]) a8_norm_general(a8_factor_job_of(batch, scratch, first + i), &room->general);
+}
+
+// One block of threads A8_WARPS chunks; from the last on, whose gradients the reduce phase has read last.
+extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
+    a8_adafactor_norm_factored_kernel(a8_batch batch, float* scratch) {
+  __shared__ a8_chunk_room room;
+  a8_norm_chunks<true>(batch, scratch, (gridDim.x - 1 - blockIdx.x) * A8_WARPS, &room);
+}
+
+extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
+    a8_adafactor_norm_full_kernel(a8_batch batch, float* scratch) {
+  __shared__ a8_chunk_room room;
+  a8_norm_chunks<false>(batch, scratch, (gridDim.x - 1 - blockIdx.x) * A8_WARPS, &room);
 }
 
 // The chunks' sums, in order. One block of threads a tensor.
@@ -97,23 +127,41 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS) a8_adafactor_totals_ker
   if (threadIdx.x == 0) sums[0] = param_squares, sums[1] = update_squares;
 }
 
-// The update. One block of threads A8_WARPS chunks.
-extern "C" __global__ void __launch_bounds__(A8_THREADS, 2) a8_adafactor_apply_kernel(a8_batch batch, float* scratch) {
-  __shared__ a8_factor_room general;
-  __shared__ a8_chunk_room room;
-  uint32_t first = blockIdx.x * A8_WARPS, warp = a8_warp_number(), index = first + warp;
-  a8_share_nf4_table(&room.table);
+// Updates A8_WARPS chunks, from number `first` on, by a block of threads.
+template <bool kFactored>
+A8_FN void a8_apply_chunks(const a8_batch& batch, float* scratch, uint32_t first, a8_chunk_room* room) {
+  uint32_t warp = a8_warp_number(), index = first + warp;
+  bool mine, left = false;
+  if (!a8_has_chunks<kFactored>(batch, index, &mine)) return;
+  a8_share_nf4_table(&room->table);
   __syncthreads();
-  bool left = false;
-  if (index < batch.chunk_count) {
+  if (mine) {
     a8_factor_job job = a8_factor_job_of(batch, scratch, index);
-    left = !a8_suits_warp(job) || !a8_apply_warp(job.tensor, {&batch, scratch, index}, &room.table);
+    left = !a8_suits_warp(job) || !a8_applies_warp(job.tensor);
+    if (!left) {
+      float squares = a8_apply_warp<kFactored>(job, room->arena[warp], &room->table);
+      // The job anew: kept, its pointers would take the registers that the update needs.
+      a8_leave_squares(a8_factor_job_again(batch, scratch, index), squares);
+    }
   }
-  room.left[warp] = left;
+  room->left[warp] = left;
   __syncthreads();
   for (uint32_t i = 0; i < A8_WARPS; ++i) {
-    if (!room.left[i]) continue;
+    if (!room->left[i]) continue;
     a8_factor_job job = a8_factor_job_of(batch, scratch, first + i);
-    a8_apply_general(job, a8_factor_write_of(job), &general);
+    a8_apply_general(job, a8_factor_write_of(job), &room->general);
   }
+}
+
+// One block of threads A8_WARPS chunks.
+extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
+    a8_adafactor_apply_factored_kernel(a8_batch batch, float* scratch) {
+  __shared__ a8_chunk_room room;
+  a8_apply_chunks<true>(batch, scratch, blockIdx.x * A8_WARPS, &room);
+}
+
+extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_TWO_RESIDENT)
+    a8_adafactor_apply_full_kernel(a8_batch batch, float* scratch) {
+  __shared__ a8_chunk_room room;
+  a8_apply_chunks<false>(batch, scratch, blockIdx.x * A8_WARPS, &room);
 }

@@ -11,12 +11,48 @@
 #define A8_MOMENT_BLOCK 128  // block size of a quantised first moment here
 #define A8_LINE A8_LANES
 
-// Beyond these a root is taken by the compiler's guarded functions. Below the minimum every root meets the bound.
-#define A8_ROOT_MIN A8_TWO_TO(-100)
+// Beyond the maximum a root is taken by the compiler's guarded functions. Below 2^-100 every root meets the bound.
 #define A8_ROOT_MAX A8_TWO_TO(100)
 #define A8_BOUND_MAX A8_TWO_TO(49)
 
 #define A8_TYPES(param, grad) ((param) * 4u + (grad))
+
+// Where a chunk's arrays lie.
+typedef struct a8_lane_place {
+  const char *grad, *param, *first, *first_block, *second, *second_block;
+  uint32_t count;  // elements of the chunk
+  uint32_t first_format;
+  uint32_t second_shift;  // log2 of the second moment's block size
+  bool log8;
+} a8_lane_place;
+
+// Hides from the compiler how a pointer was made.
+A8_FN void a8_settle(const char** pointer) { asm("" : "+l"(*pointer)); }
+
+A8_FN a8_lane_place a8_lane_place_of(const a8_factor_job& job) {
+  const a8_tensor* t = job.tensor;
+  a8_lane_place place;
+  place.grad = a8_at<char>(t->grad, job.from * (t->grad_dtype == A8_F32 ? 4 : 2));
+  place.param = a8_at<char>(t->param, job.from * (t->param_dtype == A8_F32 ? 4 : 2));
+  place.first_format = t->first_format;
+  place.first = a8_at<char>(t->first, t->first_format == A8_NF4    ? job.from / 2
+                                      : t->first_format == A8_INT8 ? job.from
+                                                                   : job.from * 4);
+  place.first_block = a8_at<char>(t->first_block, job.from / A8_MOMENT_BLOCK * 4);
+  place.log8 = t->second_format == A8_LOG8;
+  place.second_shift = 31u - (uint32_t)__clz((int)t->second_block_size);
+  place.second = a8_at<char>(t->second, place.log8 ? job.from : job.from * 4);
+  place.second_block = a8_at<char>(t->second_block, (job.from >> place.second_shift) * 4);
+  place.count = job.count;
+  // Left to itself the compiler keeps bases and offsets apart, which takes twice the registers.
+  a8_settle(&place.grad);
+  a8_settle(&place.param);
+  a8_settle(&place.first);
+  a8_settle(&place.first_block);
+  a8_settle(&place.second);
+  a8_settle(&place.second_block);
+  return place;
+}
 
 // --- Loads and stores of a lane's eight. ---
 
@@ -45,12 +81,6 @@ A8_FN void a8_put(const a8_eight<kDtype>& x, void* base, int64_t e) {
     __stcs(out + i / 4, make_uint4(x.w[i], x.w[i + 1], x.w[i + 2], x.w[i + 3]));
 }
 
-template <uint32_t kDtype>
-A8_FN void a8_clear(a8_eight<kDtype>* x) {
-#pragma unroll
-  for (int i = 0; i < a8_eight<kDtype>::kWords; ++i) x->w[i] = 0u;
-}
-
 A8_FN void a8_get_floats(const void* base, int64_t e, float* x) {
   a8_eight<A8_F32> raw;
   a8_get<A8_F32, false>(&raw, base, e);
@@ -65,11 +95,6 @@ A8_FN void a8_put_floats(const float* x, void* base, int64_t e) {
   a8_put<A8_F32>(raw, base, e);
 }
 
-// Brings the line of L2 that holds an address, without waiting.
-A8_FN void a8_fetch(const void* base, int64_t bytes) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(base) + bytes));
-}
-
 // --- The first moment. ---
 
 typedef struct a8_first_eight {
@@ -77,91 +102,97 @@ typedef struct a8_first_eight {
   float scale;
 } a8_first_eight;
 
-// Codes and scale of the eight from `e` on; a float32 moment is read when it is decoded.
-A8_FN void a8_get_first(a8_first_eight* x, const a8_tensor* t, int64_t e) {
-  if (t->first_format == A8_INT8) {
-    uint2 codes = *reinterpret_cast<const uint2*>(a8_at<uint8_t>(t->first, e));
-    x->codes[0] = codes.x, x->codes[1] = codes.y;
-    x->scale = *a8_at<float>(t->first_block, e / A8_MOMENT_BLOCK);
-  } else if (t->first_format == A8_NF4) {
-    x->codes[0] = *reinterpret_cast<const uint32_t*>(a8_at<uint8_t>(t->first, e / 2));
-    x->scale = *a8_at<float>(t->first_block, e / A8_MOMENT_BLOCK);
-  }
-}
-
-A8_FN void a8_decode_first(const a8_first_eight& x, const a8_tensor* t, int64_t e, bool active,
+// floats: where a float32 moment lies; read only when `active`.
+A8_FN void a8_decode_first(const a8_first_eight& x, uint32_t format, const void* floats, bool active,
                            const a8_nf4_table* table, float* m) {
-  if (t->first_format == A8_INT8) {
+  if (format == A8_NF4) {
+    a8_nf4_decode_eight(table, x.codes[0], x.scale, m);
+  } else if (format == A8_INT8) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) m[i] = a8_int8_decode((int32_t)(int8_t)(x.codes[i / 4] >> (8 * (i % 4))), x.scale);
-  } else if (t->first_format == A8_NF4) {
-    a8_nf4_decode_eight(table, x.codes[0], x.scale, m);
-  } else if (active) {
-    a8_get_floats(t->first, e, m);
-  }
-  if (!active) {
+  } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i) m[i] = 0.0f;
+    if (active) a8_get_floats(floats, 0, m);
   }
 }
 
-// Called by whole warps; lanes that are not active hold zeros.
-A8_FN void a8_put_first(const a8_tensor* t, int64_t e, bool active, const a8_nf4_table* table, const float* m) {
-  if (t->first_format == A8_STATE_F32) {
-    if (active) a8_put_floats(m, t->first, e);
-    return;
-  }
+// The bits of the largest magnitude of a block, or of a NaN when there is one.
+A8_FN uint32_t a8_most_of_block(const float* m) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
+  float x = m[0];
+#pragma unroll
+  for (int i = 1; i < 8; ++i) asm("max.NaN.xorsign.abs.f32 %0, %0, %1;" : "+f"(x) : "f"(m[i]));
+  uint32_t most = a8_magnitude_bits(x);
+#else
   uint32_t most = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) most = max(most, a8_magnitude_bits(m[i]));
-  most = a8_lanes_max<A8_MOMENT_BLOCK / 8>(most);
-  bool finite = a8_absmax_finite(most), int8 = t->first_format == A8_INT8;
-  float levels = int8 ? A8_INT8_LEVELS : 1.0f;
-  float inverse = a8_absmax_inverse(most, levels);
-  if (int8) {
+#endif
+  return a8_lanes_max<A8_MOMENT_BLOCK / 8>(most);
+}
+
+// Called by whole warps; lanes that are not active hold zeros. e: of the chunk.
+A8_FN void a8_put_first(const a8_lane_place& place, uint32_t e, bool active, const a8_nf4_table* table,
+                        const float* m) {
+  if (place.first_format == A8_STATE_F32) {
+    if (active) a8_put_floats(m, const_cast<char*>(place.first) + (uint64_t)e * 4, 0);
+    return;
+  }
+  uint32_t most = a8_most_of_block(m);
+  float scale, absmax = a8_float(most);
+  bool leader = active && threadIdx.x % (A8_MOMENT_BLOCK / 8) == 0;
+  // One branch for the warp: the ranges of exact.cuh, or what has to be guarded.
+  bool ordinary = most == 0 || (absmax >= A8_TWO_TO(-100) && absmax <= A8_TWO_TO(100));
+  ordinary = __all_sync(A8_LANE_MASK, ordinary);
+  char* codes = const_cast<char*>(place.first);
+  if (place.first_format == A8_NF4) {
+    float inverse = !ordinary ? a8_absmax_inverse(most, 1.0f) : most == 0 ? 0.0f : a8_exact_reciprocal(absmax);
+    scale = !ordinary ? a8_absmax_scale(most, 1.0f) : absmax;
+    uint32_t packed = a8_nf4_eight(table, m, inverse);
+    if (!ordinary && !a8_absmax_finite(most)) packed = A8_NF4_ZERO * 0x11111111u;
+    if (active) __stcs(reinterpret_cast<uint32_t*>(codes + e / 2), packed);
+  } else {
+    float inverse = !ordinary   ? a8_absmax_inverse(most, A8_INT8_LEVELS)
+                    : most == 0 ? 0.0f
+                                : a8_exact_div(A8_INT8_LEVELS, absmax);
+    scale = !ordinary ? a8_absmax_scale(most, A8_INT8_LEVELS) : most == 0 ? 0.0f : a8_exact_div_127(absmax);
     uint32_t packed[2];
     a8_int8_eight(m, inverse, packed);
-    if (active)
-      __stcs(reinterpret_cast<uint2*>(a8_at<uint8_t>(t->first, e)),
-             make_uint2(finite ? packed[0] : 0u, finite ? packed[1] : 0u));
-  } else {
-    uint32_t packed = a8_nf4_eight(table, m, inverse);
-    if (active)
-      __stcs(reinterpret_cast<uint32_t*>(a8_at<uint8_t>(t->first, e / 2)), finite ? packed : A8_NF4_ZERO * 0x11111111u);
+    if (!ordinary && !a8_absmax_finite(most)) packed[0] = packed[1] = 0u;
+    if (active) __stcs(reinterpret_cast<uint2*>(codes + e), make_uint2(packed[0], packed[1]));
   }
-  if (active && threadIdx.x % (A8_MOMENT_BLOCK / 8) == 0)
-    __stcs(a8_at<float>(t->first_block, e / A8_MOMENT_BLOCK), a8_absmax_scale(most, levels));
+  if (leader) __stcs(reinterpret_cast<float*>(const_cast<char*>(place.first_block) + e / A8_MOMENT_BLOCK * 4), scale);
 }
 
 // --- The second moment. ---
 
 // Where a lane's eight lie in a factored matrix. They share a row, whose length is a multiple of eight.
 typedef struct a8_matrix_place {
-  const float* row;
-  const float* col;  // of column 0
-  uint32_t at, cols;
-  uint32_t rows_a_line, cols_a_line;  // from a line of the chunk to the next
-  bool aligned;                       // col, to 16 bytes
+  const float* scratch;  // the same for all tensors, so it takes no registers; the rest are indices
+  uint32_t row;          // of the lane's row factor
+  uint32_t cols, col;    // of column 0's factor; the lane's column
+  uint32_t col_count;
+  uint32_t rows_cols_a_line;  // from a line of the chunk to the next: rows in the high half, columns in the low
 } a8_matrix_place;
 
-A8_FN a8_matrix_place a8_place_of(const a8_factor_job& job) {
+A8_FN a8_matrix_place a8_matrix_place_of(const a8_factor_job& job) {
   a8_matrix_place place;
-  int64_t e = job.from + 8 * (threadIdx.x & 31u), cols = job.tensor->cols, row = e / cols;
-  place.row = job.row_factor + row;
-  place.col = job.col_factor;
-  place.at = (uint32_t)(e - row * cols);
-  place.cols = (uint32_t)cols;
-  place.rows_a_line = A8_LINE / place.cols;
-  place.cols_a_line = A8_LINE % place.cols;
-  place.aligned = a8_aligned(job.col_factor, 16);
+  int64_t e = job.from + 8 * a8_lane(), row = a8_row_of(e, job.tensor->cols);
+  place.scratch = job.scratch;
+  place.row = (uint32_t)(job.tensor->row_at + row);
+  place.cols = (uint32_t)job.tensor->col_at;
+  place.col_count = (uint32_t)job.tensor->cols;
+  place.col = (uint32_t)(e - row * job.tensor->cols);
+  place.rows_cols_a_line = A8_LINE / place.col_count << 16 | A8_LINE % place.col_count;
   return place;
 }
 
 A8_FN void a8_next_line(a8_matrix_place* place) {
-  place->row += place->rows_a_line;
-  place->at += place->cols_a_line;
-  if (place->at >= place->cols) {
-    place->at -= place->cols;
+  place->row += place->rows_cols_a_line >> 16;
+  place->col += place->rows_cols_a_line & 0xffffu;
+  if (place->col >= place->col_count) {
+    place->col -= place->col_count;
     place->row += 1;
   }
 }
@@ -176,13 +207,12 @@ A8_FN float a8_bounded(float root, float bound) {
 #endif
 }
 
+// What lies beyond the chunk's end has no row, but some column.
 A8_FN void a8_factored_roots(const a8_matrix_place& place, float bound, bool active, float* root) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) root[i] = 0.0f;
-  if (!active) return;
-  float row = *place.row;
-  const float* col = place.col + place.at;
-  if (place.aligned) {
+  float row = 0.0f;
+  if (active) row = place.scratch[place.row];
+  const float* col = place.scratch + (place.cols + place.col);
+  if (place.cols % 4 == 0) {  // the scratch itself is
 #pragma unroll
     for (int i = 0; i < 8; i += 4) {
       float4 x = *reinterpret_cast<const float4*>(col + i);
@@ -198,7 +228,7 @@ A8_FN void a8_factored_roots(const a8_matrix_place& place, float bound, bool act
 
 // a8_at_most(a8_reciprocal_root(v), bound) for v = 0 .. A8_ROOT_MAX and bound <= A8_BOUND_MAX.
 A8_FN float a8_bounded_root(float v, float bound) {
-  return fminf(a8_exact_reciprocal_root(fmaxf(v, A8_ROOT_MIN)), bound);
+  return fminf(a8_exact_reciprocal_root(v), bound);  // NaN, and what is inexact below 2^-100, become the bound
 }
 
 // Whether every v of the warp is at most A8_ROOT_MAX, and none is NaN. No v is negative.
@@ -229,40 +259,28 @@ A8_FN void a8_roots(const float* v, float bound, bool ordinary, float* root) {
   }
 }
 
-typedef struct a8_second_eight {
-  uint32_t codes[2];
-  int2 header;  // lo, step
-} a8_second_eight;
-
-A8_FN int2 a8_get_header(const a8_tensor* t, int64_t e, uint32_t shift) {
-  return *(reinterpret_cast<const int2*>(t->second_block) + (e >> shift));
-}
-
-A8_FN void a8_get_codes(a8_second_eight* x, const a8_tensor* t, int64_t e) {
-  uint2 codes = *reinterpret_cast<const uint2*>(a8_at<uint8_t>(t->second, e));
-  x->codes[0] = codes.x, x->codes[1] = codes.y;
-}
-
-// The new second moment of eight elements that keep theirs in log8.
+// The new second moment of eight elements from the old.
 template <uint32_t kGrad>
-A8_FN void a8_new_second(const a8_second_eight& x, const a8_eight<kGrad>& grad, const a8_hyper& hyper, float* v) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    float g = a8_value<kGrad>(grad.w, i);
-    v[i] = a8_log8_decode(__byte_perm(x.codes[i / 4], 0u, 0x4440u + i % 4), x.header.x, x.header.y);
-    v[i] = a8_average(&hyper, v[i], g * g);
-  }
-}
-
-// Of eight elements that keep it in float32.
-template <uint32_t kGrad>
-A8_FN void a8_new_second(const a8_tensor* t, int64_t e, const a8_eight<kGrad>& grad, const a8_hyper& hyper, float* v) {
-  a8_get_floats(t->second, e, v);
+A8_FN void a8_new_second(const a8_eight<kGrad>& grad, const a8_hyper& hyper, float* v) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     float g = a8_value<kGrad>(grad.w, i);
     v[i] = a8_average(&hyper, v[i], g * g);
   }
+}
+
+// The same for any format. floats: where a float32 moment lies; read only when `active`. By whole warps.
+template <uint32_t kGrad>
+A8_FN void a8_new_second_of(bool log8, const uint32_t* codes, a8_log8_header header, const void* floats, bool active,
+                            const a8_eight<kGrad>& grad, const a8_hyper& hyper, float* v) {
+  if (log8) {
+    a8_log8_decode_eight(codes, header, v);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = 0.0f;
+    if (active) a8_get_floats(floats, 0, v);
+  }
+  a8_new_second<kGrad>(grad, hyper, v);
 }
 
 // --- The update. ---
@@ -297,8 +315,9 @@ A8_FN bool a8_suits_warp(const a8_factor_job& job) {
   bool first = t->first_format == A8_NONE || (t->first_format == A8_INT8 && block && a8_aligned(t->first, 8)) ||
                (t->first_format == A8_NF4 && block && a8_aligned(t->first, 4)) ||
                (t->first_format == A8_STATE_F32 && a8_aligned(t->first, 16));
-  bool second = t->second_format == A8_FACTORED ? t->cols % 8 == 0 && t->cols <= 0x7fffffff
-                : t->second_format == A8_LOG8   ? a8_aligned(t->second, 8) && a8_aligned(t->second_block, 8)
+  bool second = t->second_format == A8_FACTORED ? t->cols % 8 == 0 && t->cols <= 0x7fffffff &&
+                                                      t->col_at + t->cols <= 0xffffffffll && a8_aligned(job.scratch, 16)
+                : t->second_format == A8_LOG8   ? a8_aligned(t->second, 8)
                                                 : a8_aligned(t->second, 16);
   return first && second && job.count % 8 == 0 && job.bound <= A8_BOUND_MAX && a8_aligned(t->param, 16) &&
          a8_aligned(t->grad, 16);

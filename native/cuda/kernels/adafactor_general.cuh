@@ -14,10 +14,6 @@ typedef struct a8_factor_room {
 
 static_assert(A8_LANES == A8_THREADS, "a thread an accumulator");
 
-A8_FN int64_t a8_row_of(int64_t e, int64_t cols) {
-  return ((uint64_t)e | (uint64_t)cols) >> 32 ? e / cols : (int64_t)((uint32_t)e / (uint32_t)cols);
-}
-
 typedef struct a8_factor_pair {
   float2 m, v, u;  // the moments after the step, and the update before clipping
 } a8_factor_pair;

@@ -9,6 +9,8 @@
 // From one lane, which shows the compiler that all lanes agree: what follows from it can take uniform registers.
 A8_FN uint32_t a8_warp_number() { return __shfl_sync(A8_LANE_MASK, threadIdx.x / 32u, 0); }
 
+A8_FN uint32_t a8_lane() { return threadIdx.x & 31u; }
+
 // --- Accumulators of a warp: lane l holds accumulators 8 * l .. 8 * l + 7. ---
 
 // One level of a fold over lanes that differ in `bit`, of 2 * kHalf sums at once: a lane keeps half of the sums and gives
@@ -78,6 +80,11 @@ A8_FN float a8_sum_block(const float* in, int64_t n, float* room) {
 
 A8_FN int64_t a8_tiles_across(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
 
+// A 64-bit division takes a hundred instructions, a 32-bit one twenty.
+A8_FN int64_t a8_row_of(int64_t e, int64_t cols) {
+  return ((uint64_t)e | (uint64_t)cols) >> 32 ? e / cols : (int64_t)((uint32_t)e / (uint32_t)cols);
+}
+
 // One tile of a factored tensor. rows and cols: its extent, cut off at the matrix's edge.
 typedef struct a8_matrix_tile {
   const a8_tensor* tensor;
@@ -104,7 +111,8 @@ A8_FN a8_matrix_tile a8_tile_of(const a8_batch& batch, uint32_t index) {
 typedef struct a8_factor_job {
   const a8_tensor* tensor;
   a8_hyper hyper;
-  const float* row_factor;  // of a factored moment
+  const float* scratch;
+  const float* row_factor;  // of a factored moment, in the scratch
   const float* col_factor;
   float* sums;     // of this chunk: of p^2; `chunks` floats on, of u^2; as many on, the fingerprint
   int64_t from;    // first element
@@ -113,11 +121,11 @@ typedef struct a8_factor_job {
   uint32_t sign;   // flips the gradient when maximising
 } a8_factor_job;
 
-A8_FN a8_factor_job a8_factor_job_of(const a8_batch& batch, float* scratch, uint32_t index) {
-  a8_chunk unit = batch.chunks[index];
+A8_FN a8_factor_job a8_factor_job_of(const a8_batch& batch, float* scratch, a8_chunk unit) {
   a8_factor_job job;
   job.tensor = batch.tensors + unit.tensor;
   job.hyper = batch.hypers[job.tensor->hyper];
+  job.scratch = scratch;
   job.row_factor = scratch + job.tensor->row_at;
   job.col_factor = scratch + job.tensor->col_at;
   job.sums = scratch + job.tensor->sum_at + 2 + unit.part;
@@ -128,16 +136,14 @@ A8_FN a8_factor_job a8_factor_job_of(const a8_batch& batch, float* scratch, uint
   return job;
 }
 
-// One chunk of a batch, as a call passes it. The functions of the fast paths are not inlined, so that each has the registers
-// to itself and compiles in a second; they make their job anew, in uniform registers.
-typedef struct a8_factor_chunk {
-  const a8_batch* batch;
-  float* scratch;
-  uint32_t index;
-} a8_factor_chunk;
+A8_FN a8_factor_job a8_factor_job_of(const a8_batch& batch, float* scratch, uint32_t index) {
+  return a8_factor_job_of(batch, scratch, batch.chunks[index]);
+}
 
-A8_FN a8_factor_job a8_factor_job_of(const a8_factor_chunk& chunk) {
-  return a8_factor_job_of(*chunk.batch, chunk.scratch, __shfl_sync(A8_LANE_MASK, chunk.index, 0));
+// The same, read once more even where the compiler sees that it has been read.
+A8_FN a8_factor_job a8_factor_job_again(const a8_batch& batch, float* scratch, uint32_t index) {
+  const volatile a8_chunk* unit = batch.chunks + index;
+  return a8_factor_job_of(batch, scratch, {unit->tensor, unit->part});
 }
 
 A8_FN bool a8_scales(const a8_factor_job& job) { return job.hyper.flags & A8_SCALE_PARAMETER; }

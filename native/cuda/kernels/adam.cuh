@@ -37,8 +37,7 @@ A8_FN bool a8_suits_fast(const a8_adam_job& job) {
   const a8_tensor* t = job.tensor;
   return t->first_format == A8_INT8 && t->second_format == A8_LOG8 && t->first_block_size == A8_FAST_BLOCK &&
          t->second_block_size == A8_FAST_BLOCK && a8_is_ordinary(job.rule) && a8_aligned(t->param, 16) &&
-         a8_aligned(t->grad, 16) && a8_aligned(t->first, 8) && a8_aligned(t->second, 8) &&
-         a8_aligned(t->second_block, 8);
+         a8_aligned(t->grad, 16) && a8_aligned(t->first, 8) && a8_aligned(t->second, 8);
 }
 
 // The fast path, for the types that have one; false for the others.

@@ -66,7 +66,7 @@ struct a8_fast_stage {
   uint4 param[kParamBytes / 2][A8_THREADS];
   uint4 grad[kGradBytes / 2][A8_THREADS];
   uint4 codes[A8_THREADS];  // first, then second moment
-  int2 header[A8_THREADS];  // of the second moment: lo, step
+  uint32_t header[A8_THREADS];  // of the second moment
   float scale[A8_THREADS];  // of the first
 };
 
@@ -109,7 +109,7 @@ struct a8_fast {
       a8_copy<8 / kRuns>(codes + 4 * run, at.first + run * (A8_FAST_BLOCK / 2));
       a8_copy<8 / kRuns>(codes + 8 + 4 * run, at.second + run * (A8_FAST_BLOCK / 2));
     }
-    a8_copy<8>(&stage->header[threadIdx.x], at.second_block);
+    a8_copy<4>(&stage->header[threadIdx.x], at.second_block);
     a8_copy<4>(&stage->scale[threadIdx.x], at.first_block);
   }
 
@@ -129,7 +129,7 @@ struct a8_fast {
     at->first += strides * kStride;
     at->second += strides * kStride;
     at->first_block += strides * kStride / A8_FAST_BLOCK * 4;
-    at->second_block += strides * kStride / A8_FAST_BLOCK * 8;
+    at->second_block += strides * kStride / A8_FAST_BLOCK * 4;
   }
 
   // The noise word of elements (i, i + 1). pair: the lane's first pair in the stretch.
@@ -186,7 +186,7 @@ struct a8_fast {
     uint32_t grad[2 * kGradBytes], param[2 * kParamBytes];
     read_values<kGradBytes>(stage->grad, grad);
     uint4 codes = stage->codes[threadIdx.x];
-    int2 header = stage->header[threadIdx.x];
+    a8_log8_header header = a8_log8_unpack(stage->header[threadIdx.x]);
     float scale = stage->scale[threadIdx.x];
     uint32_t first[2] = {codes.x, codes.y}, second[2] = {codes.z, codes.w};
 #pragma unroll
@@ -201,12 +201,12 @@ struct a8_fast {
     }
     float most = 0.0f;
     uint32_t low = 0xffffffffu, high = 0;
+    a8_log8_decode_eight(second, header, v);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float g = m[i];
       m[i] = a8_int8_decode((int32_t)(int8_t)(first[i / 4] >> (8 * (i % 4))), scale);
       m[i] = rule.beta1 * m[i] + one_minus_beta1 * g;
-      v[i] = a8_log8_decode(__byte_perm(second[i / 4], 0u, 0x4440u + i % 4), header.x, header.y);
       v[i] = a8_adam_second(&rule, v[i], g);
       // No m is NaN unless the scale or a v is not finite, which is not ordinary.
       most = fmaxf(most, fabsf(m[i]));
@@ -242,12 +242,12 @@ struct a8_fast {
     advance(&to, -A8_STAGES);
     store_param(job, to, pair, p);
     store_first(to, m, most_bits == 0 ? 0.0f : a8_exact_div(A8_INT8_LEVELS, most));
-    a8_log8_header before = a8_header_before(job.flags & A8_STOCHASTIC_STATE, header.x, header.y);
+    a8_log8_header before = a8_header_before(job.flags & A8_STOCHASTIC_STATE, header);
     a8_log8_header after = a8_log8_header_of(a8_log8_low(low), (int32_t)high, before);
     store_second(job, to, pair, v, a8_log8_origin(after.lo), a8_exact_reciprocal((float)after.step));
     if ((threadIdx.x & 15u) == 0) {
       __stcs(reinterpret_cast<float*>(to.first_block), most_bits == 0 ? 0.0f : a8_exact_div_127(most));
-      __stcs(reinterpret_cast<int2*>(to.second_block), make_int2(after.lo, after.step));
+      __stcs(reinterpret_cast<uint32_t*>(to.second_block), a8_log8_pack(after));
     }
   }
 
@@ -272,7 +272,7 @@ struct a8_fast {
     at.first = static_cast<char*>(t->first) + e;
     at.second = static_cast<char*>(t->second) + e;
     at.first_block = static_cast<char*>(t->first_block) + block * 4;
-    at.second_block = static_cast<char*>(t->second_block) + block * 8;
+    at.second_block = static_cast<char*>(t->second_block) + block * 4;
     Stage* stages = reinterpret_cast<Stage*>(room->bytes);
 #pragma unroll
     for (int i = 0; i < A8_STAGES; ++i) {

@@ -25,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS) a8_quantize_kernel(a8_c
     extremes.most = a8_lanes_max<32>(extremes.most);
     extremes.low = a8_lanes_min<32>(extremes.low);
     extremes.high = a8_lanes_max<32>(extremes.high);
-    a8_encoder encoder = a8_store_header(c.blocks, c.format, block, extremes, a8_header_before(false, 0, 1));
+    a8_encoder encoder = a8_store_header(c.blocks, c.format, block, extremes, {0, 0});
     for (int64_t pair = from / 2 + lane; 2 * pair < end; pair += 32) {
       bool both = 2 * pair + 1 < end;
       float2 x = a8_load_pair(c.values, c.dtype, pair, both);

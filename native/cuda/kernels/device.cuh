@@ -7,6 +7,8 @@
 
 #define A8_LANE_MASK 0xffffffffu
 
+#define A8_METHOD __device__ __forceinline__
+
 // Warp-wide reductions, asynchronous copies, packed conversions. Without them: shuffles, plain loads, a8/math.h.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 #define A8_AMPERE 1
@@ -50,6 +52,23 @@ A8_FN void a8_copy(void* to, const char* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes) : "memory");
 #else
   for (int i = 0; i < kBytes / 4; ++i) static_cast<uint32_t*>(to)[i] = reinterpret_cast<const uint32_t*>(from)[i];
+#endif
+}
+
+// The same for bytes that may not exist and then are zeros; their address is not looked at. kCached: by way of L1, for lanes
+// that take the two halves of a sector one after the other.
+template <int kBytes, bool kCached = (kBytes < 16)>
+A8_FN void a8_copy_or_zero(void* to, const char* from, bool exists) {
+#if A8_AMPERE
+  uint32_t address = (uint32_t)__cvta_generic_to_shared(to), bytes = exists ? kBytes : 0;
+  if (!kCached)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(kBytes), "r"(bytes)
+                 : "memory");
+#else
+  for (int i = 0; i < kBytes / 4; ++i)
+    static_cast<uint32_t*>(to)[i] = exists ? reinterpret_cast<const uint32_t*>(from)[i] : 0u;
 #endif
 }
 
@@ -165,25 +184,23 @@ A8_FN void a8_store_codes(void* base, uint32_t format, int64_t pair, bool both, 
 
 // --- The header of one block, in the form that encoding and decoding want it. ---
 
-// What decoding needs. int8, nf4: scale. log8: lo and step.
+// What decoding needs. int8, nf4: scale. log8: its header.
 typedef struct a8_decoder {
   float scale;
-  int32_t lo;
-  int32_t step;
+  a8_log8_header log8;
 } a8_decoder;
 
 A8_FN a8_decoder a8_load_header(const void* headers, uint32_t format, int64_t block) {
   a8_decoder header;
   bool log8 = format == A8_LOG8;
   header.scale = log8 ? 0.0f : *a8_at<float>(headers, block);
-  header.lo = log8 ? a8_at<int32_t>(headers, 2 * block)[0] : 0;
-  header.step = log8 ? a8_at<int32_t>(headers, 2 * block)[1] : 1;
+  header.log8 = a8_log8_unpack(log8 ? *a8_at<uint32_t>(headers, block) : 0u);
   return header;
 }
 
 // levels: the 16 values of nf4 in shared memory, where lanes may read different ones at once.
 A8_FN float a8_decode(uint32_t format, uint32_t code, const a8_decoder& header, const float* levels) {
-  if (format == A8_LOG8) return a8_log8_decode(code, header.lo, header.step);
+  if (format == A8_LOG8) return a8_log8_decode(code, header.log8.lo, header.log8.step);
   if (format == A8_NF4) return levels[code] * header.scale;
   return a8_int8_decode((int32_t)(int8_t)code, header.scale);
 }
@@ -213,7 +230,7 @@ typedef struct a8_encoder {
   int32_t origin;
 } a8_encoder;
 
-// Writes the block's header and returns its encoder. before: the header that a log8 block has, {0, 1} for none.
+// Writes the block's header and returns its encoder. before: the header that a log8 block has, lo = 0 for none.
 A8_FN a8_encoder a8_store_header(void* headers, uint32_t format, int64_t block, const a8_extremes& extremes,
                                  a8_log8_header before) {
   a8_encoder encoder;
@@ -221,8 +238,7 @@ A8_FN a8_encoder a8_store_header(void* headers, uint32_t format, int64_t block, 
   if (format == A8_LOG8) {
     a8_log8_header header = a8_log8_header_of(a8_log8_low(extremes.low), (int32_t)extremes.high, before);
     encoder.origin = a8_log8_origin(header.lo);
-    a8_at<int32_t>(headers, 2 * block)[0] = header.lo;
-    a8_at<int32_t>(headers, 2 * block)[1] = header.step;
+    *a8_at<uint32_t>(headers, block) = a8_log8_pack(header);
     encoder.inverse = a8_div(1.0f, (float)header.step);
   } else {
     float levels = format == A8_INT8 ? A8_INT8_LEVELS : 1.0f;
@@ -234,8 +250,8 @@ A8_FN a8_encoder a8_store_header(void* headers, uint32_t format, int64_t block, 
 }
 
 // What a step gives a8_store_header as the header before: only stochastic rounding keeps a grid.
-A8_FN a8_log8_header a8_header_before(bool stochastic, int32_t lo, int32_t step) {
-  a8_log8_header header = {stochastic ? lo : 0, stochastic ? step : 1};
+A8_FN a8_log8_header a8_header_before(bool stochastic, a8_log8_header header) {
+  header.lo = stochastic ? header.lo : 0;
   return header;
 }
 

@@ -115,6 +115,19 @@ A8_FN void a8_int8_eight(const float* m, float inverse, uint32_t* packed) {
                             __byte_perm(code[4 * i + 2], code[4 * i + 3], 0x0040), 0x5410);
 }
 
+// a8_log8_decode of eight codes. By whole warps: one branch for all decides that no code is zero.
+A8_FN void a8_log8_decode_eight(const uint32_t* codes, a8_log8_header header, float* v) {
+  uint32_t below = (uint32_t)(header.lo - header.step);
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    v[i] = a8_float(__byte_perm(codes[i / 4], 0u, 0x4440u + i % 4) * (uint32_t)header.step + below);
+  uint32_t zeros = ((codes[0] - 0x01010101u) & ~codes[0]) | ((codes[1] - 0x01010101u) & ~codes[1]);
+  if (__any_sync(A8_LANE_MASK, zeros & 0x80808080u)) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = codes[i / 4] & (255u << (8 * (i % 4))) ? v[i] : 0.0f;
+  }
+}
+
 // a8_log8_encode of values that a kernel has computed, none of them NaN: where they lie, without the offset.
 A8_FN void a8_log8_positions(const float* v, int32_t origin, float inverse_step, float* position) {
 #pragma unroll

@@ -28,19 +28,13 @@ A8_FN float a8_exact_sqrt(float x) {
   return __fmaf_rn(__fmaf_rn(-root, root, x), 0.5f * y, root);
 }
 
-// 1 / sqrt(x) with both operations rounded, for 2^-100 <= x <= 2^100. One seed serves both, and may be six units in the last
-// place off.
+// 1 / sqrt(x) with both operations rounded, for 2^-100 <= x <= 2^100; NaN for x = 0.
 A8_FN float a8_exact_reciprocal_root(float x) {
   float y = a8_rough_reciprocal_root(x);
-  float root = x * y, half = 0.5f * y, error = __fmaf_rn(-half, root, 0.5f);
-  root = __fmaf_rn(root, error, root);
-  half = __fmaf_rn(half, error, half);
-  root = __fmaf_rn(__fmaf_rn(-root, root, x), half, root);
-  y = half + half;
-  y = __fmaf_rn(__fmaf_rn(-root, y, 1.0f), y, y);
-  y = __fmaf_rn(__fmaf_rn(-root, y, 1.0f), y, y);
-  // The one divisor for which this method rounds down a hair above the middle: the largest below a power of two.
-  return a8_float(a8_bits(y) + ((a8_bits(root) & 0x7fffffu) == 0x7fffffu ? 1u : 0u));
+  float root = x * y;
+  root = __fmaf_rn(__fmaf_rn(-root, root, x), 0.5f * y, root);
+  y = a8_rough_reciprocal(root);
+  return __fmaf_rn(__fmaf_rn(-root, y, 1.0f), y, y);
 }
 
 // a / b for b, a / b and their reciprocals within 2^-120 .. 2^120 and 2^-100 <= |a|, or a = 0, whose sign is kept.

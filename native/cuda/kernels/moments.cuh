@@ -120,11 +120,11 @@ A8_FN void a8_renew_headers(const a8_span& span, a8_moment_room* room, bool stoc
     uint32_t e = block << span.first_shift;
     if (a8_is_quantised(t->first_format) && e < span.count && a8_wants(span, e))
       room->new_first[block] = a8_store_header(t->first_block, t->first_format, (span.from >> span.first_shift) + block,
-                                               extremes, a8_header_before(false, 0, 1));
+                                               extremes, {0, 0});
     e = block << span.second_shift;
     if (t->second_format == A8_LOG8 && e < span.count && a8_wants(span, e))
       room->new_second[block] =
           a8_store_header(t->second_block, t->second_format, (span.from >> span.second_shift) + block, extremes,
-                          a8_header_before(stochastic, room->second[block].lo, room->second[block].step));
+                          a8_header_before(stochastic, room->second[block].log8));
   }
 }

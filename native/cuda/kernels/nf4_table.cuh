@@ -9,9 +9,9 @@
 #define A8_NF4_BINS 64
 
 typedef struct a8_nf4_table {
-  float middle[A8_NF4_BINS];
-  uint32_t below[A8_NF4_BINS];
-  float levels[16];
+  alignas(512) float middle[A8_NF4_BINS];
+  uint32_t below[A8_NF4_BINS];  // so that one address serves both
+  alignas(64) float levels[16];
 } a8_nf4_table;
 
 // The bin of x, times 4 as the table's byte offset. Monotone in x over [-1, 1]; anything for a NaN.
@@ -33,22 +33,33 @@ A8_FN void a8_share_nf4_table(a8_nf4_table* table) {
   if (threadIdx.x < 16) table->levels[threadIdx.x] = a8_nf4_levels[threadIdx.x];
 }
 
-A8_FN uint32_t a8_nf4_code(const a8_nf4_table* table, float x) {
-  uint32_t bin = a8_nf4_bin(x);
-  float middle = *reinterpret_cast<const float*>(reinterpret_cast<const char*>(table->middle) + bin);
-  uint32_t below = *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(table->below) + bin);
-  return below + (x > middle ? 1u : 0u);
+// The address of a part of the table, to which offsets are added by `or`: that is why the parts are aligned.
+A8_FN uint32_t a8_shared_address(const void* shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
+
+// The sign of the difference is the comparison's result, with NaN a positive one.
+A8_FN uint32_t a8_nf4_code(uint32_t bins, float x) {
+  float middle;
+  uint32_t below;
+  uint32_t bin = a8_nf4_bin(x) | bins;
+  asm("ld.shared.f32 %0, [%1];" : "=f"(middle) : "r"(bin));
+  asm("ld.shared.u32 %0, [%1 + %2];" : "=r"(below) : "r"(bin), "n"(4 * A8_NF4_BINS));
+  return below + (a8_bits(middle - x) >> 31);
 }
 
 // Eight values of a block, packed as nf4. inverse: of the block's largest magnitude.
 A8_FN uint32_t a8_nf4_eight(const a8_nf4_table* table, const float* x, float inverse) {
-  uint32_t packed = 0;
+  uint32_t packed = 0, bins = a8_shared_address(table->middle);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) packed |= a8_nf4_code(table, x[i] * inverse) << (4 * i);
+  for (int i = 0; i < 8; ++i) packed += a8_nf4_code(bins, x[i] * inverse) << (4 * i);
   return packed;
 }
 
 A8_FN void a8_nf4_decode_eight(const a8_nf4_table* table, uint32_t codes, float scale, float* x) {
+  uint32_t levels = a8_shared_address(table->levels);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = table->levels[codes >> (4 * i) & 15u] * scale;
+  for (int i = 0; i < 8; ++i) {
+    uint32_t offset = (i == 0 ? codes << 2 : codes >> (4 * i - 2)) & 60u;
+    asm("ld.shared.f32 %0, [%1];" : "=f"(x[i]) : "r"(offset | levels));
+    x[i] = x[i] * scale;
+  }
 }
