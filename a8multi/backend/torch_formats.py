@@ -303,7 +303,10 @@ def encode(
     phase: int | None,
     keep_grid: bool = False,
 ) -> None:
-    """Writes float32 [n] into the codes and headers from element ``start`` on. phase, keep_grid: for log8 only; None: to nearest."""
+    """Writes float32 [n] into the codes and headers from element ``start`` on.
+
+    phase: of the tensor's first element, for log8; None: to nearest. keep_grid: log8 headers stay while they fit.
+    """
     if blocks is None:
         store(x, codes, start)
         return
