@@ -160,7 +160,7 @@ def _encode(
     """The inverse of ``_decode``; nothing where that gave None."""
     if spec is None or spec.format is None or values is None or codes is None:
         return
-    formats.encode(spec.format, values, codes, blocks, spec.block_size, start, phase, keep_grid=phase is not None)
+    formats.encode(spec.format, values, codes, blocks, spec.block_size, start, phase, keep_grid=True)
 
 
 def _store(item: Item, hyper: Hyper, start: int, p: Tensor, m: Tensor | None, v: Tensor | None) -> None:
