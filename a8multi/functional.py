@@ -38,7 +38,7 @@ def quantize_blockwise(
         format: "log8", "int8" or "nf4".
         block_size: a power of two from 32 to 4096. The last block may be partial.
         stochastic: log8 only: round to one of the two neighbouring codes so that the expected code is exact. The noise
-            is a hash of ``seed`` and the element's number: the same on every device, and on every call.
+            follows from ``seed`` and the element's number: the same on every device, and on every call.
         seed: of the noise, 0 to 2**64 - 1.
     Returns:
         ``(codes, blocks)``, new tensors on the device of ``values``. codes: log8 uint8, int8 int8, both of the shape of

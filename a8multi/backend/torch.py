@@ -63,9 +63,9 @@ class TorchBackend:
         stochastic: bool,
         seed: int,
     ) -> None:
-        noise = formats.noise_key(seed, 0, 0, formats.STREAM_SECOND) if stochastic else None
+        phase = formats.phase_key(seed, 0, 0) if stochastic else None
         for start, stop in _slices(values.numel()):
-            formats.encode(fmt, formats.load(values, start, stop), codes, blocks, block_size, start, noise)
+            formats.encode(fmt, formats.load(values, start, stop), codes, blocks, block_size, start, phase)
 
     @torch.no_grad()
     def dequantize(self, codes: Tensor, blocks: Tensor, values: Tensor, fmt: StateFormat, block_size: int) -> None:
@@ -128,8 +128,11 @@ class Hyper:
             step=int(record["step"]),
         )
 
-    def noise(self, flag: Flag, item: Item, stream: int) -> formats.Noise | None:
-        return formats.noise_key(self.seed, self.step, item.noise_id, stream) if self.flags & flag else None
+    def write_noise(self, item: Item) -> formats.Noise | None:
+        return formats.noise_key(self.seed, self.step, item.noise_id) if self.flags & Flag.STOCHASTIC_WRITE else None
+
+    def phase(self, item: Item) -> int | None:
+        return formats.phase_key(self.seed, self.step, item.noise_id) if self.flags & Flag.STOCHASTIC_STATE else None
 
 
 def _gradient(grad: Tensor, hyper: Hyper, start: int, stop: int) -> Tensor:
@@ -152,19 +155,18 @@ def _encode(
     codes: Tensor | None,
     blocks: Tensor | None,
     start: int,
-    noise: formats.Noise | None,
+    phase: int | None,
 ) -> None:
     """The inverse of ``_decode``; nothing where that gave None."""
     if spec is None or spec.format is None or values is None or codes is None:
         return
-    formats.encode(spec.format, values, codes, blocks, spec.block_size, start, noise, keep_grid=noise is not None)
+    formats.encode(spec.format, values, codes, blocks, spec.block_size, start, phase, keep_grid=True)
 
 
 def _store(item: Item, hyper: Hyper, start: int, p: Tensor, m: Tensor | None, v: Tensor | None) -> None:
-    formats.store(p, item.param, start, hyper.noise(Flag.STOCHASTIC_WRITE, item, formats.STREAM_WRITE))
+    formats.store(p, item.param, start, hyper.write_noise(item))
     _encode(item.first_spec, m, item.first, item.first_block, start, None)
-    noise = hyper.noise(Flag.STOCHASTIC_STATE, item, formats.STREAM_SECOND)
-    _encode(item.second_spec, v, item.second, item.second_block, start, noise)
+    _encode(item.second_spec, v, item.second, item.second_block, start, hyper.phase(item))
 
 
 # --- Adam: Kingma & Ba 2015, Algorithm 1; AdamW: Loshchilov & Hutter 2019, Algorithm 2. ---

@@ -60,18 +60,18 @@ def load(values: Tensor, start: int, stop: int) -> Tensor:
     return flush_(x)
 
 
-# --- Noise: math.h's counter hash, on 32-bit words held in int64. ---
+# --- Noise: math.h's counter hash and phases, on 32-bit words held in int64. ---
 
 STREAM_SECOND, STREAM_WRITE = 1, 2
 _WORD = 0xFFFFFFFF
+_PHASE_STRIDE = 0x3504F3
 
 
 class Noise(NamedTuple):
-    """``a8_noise``: the key of one parameter's noise at one step, and what turns it from step to step."""
+    """``a8_noise``: the key of one parameter's write-back noise at one step."""
 
     first: int
     second: int
-    turn: int
 
 
 def _mix(x: int) -> int:
@@ -82,12 +82,22 @@ def _mix(x: int) -> int:
     return x ^ x >> 16
 
 
-def noise_key(seed: int, step: int, noise_id: int, stream: int) -> Noise:
-    """``a8_noise_key`` of a 64-bit seed."""
+def _key(seed: int, step: int, noise_id: int, stream: int) -> int:
     key = _mix((seed & _WORD) + 0x9E3779B9 & _WORD)
-    for part in (seed >> 32, 0 if stream == STREAM_SECOND else step, noise_id, stream):
+    for part in (seed >> 32, step, noise_id, stream):
         key = _mix(key ^ part)
-    return Noise(key, _mix(key ^ 0x85EBCA6B), step * 0x4F1BBD + 0x40 & _WORD)
+    return key
+
+
+def noise_key(seed: int, step: int, noise_id: int) -> Noise:
+    """``a8_noise_key`` of a 64-bit seed."""
+    key = _key(seed, step, noise_id, STREAM_WRITE)
+    return Noise(key, _mix(key ^ 0x85EBCA6B))
+
+
+def phase_key(seed: int, step: int, noise_id: int) -> int:
+    """``a8_phase_key`` of a 64-bit seed."""
+    return _key(seed, 0, noise_id, STREAM_SECOND) + step * 0x4F1BBD & _WORD
 
 
 def noise_halves(key: Noise, start: int, count: int, device: torch.device) -> Tensor:
@@ -109,10 +119,11 @@ def noise_halves(key: Noise, start: int, count: int, device: torch.device) -> Te
     return torch.stack(((x & 0xFFFF).to(torch.int32), (x >> 16).to(torch.int32)), dim=-1).view(-1)[:count]
 
 
-def noise_offsets(key: Noise, start: int, count: int, device: torch.device) -> Tensor:
-    """``a8_offset`` of ``count`` elements: numbers in [1, 2), float32 [count]."""
-    steps = noise_halves(key, start, count, device).bitwise_left_shift_(7).add_(key.turn & 0x7FFFFF)
-    return steps.bitwise_and_(0x7FFFFF).bitwise_or_(0x3F800000).view(torch.float32)
+def offsets(phase: int, start: int, count: int, device: torch.device) -> Tensor:
+    """``a8_offset`` of ``count`` elements from number ``start`` on: numbers in [1, 2), float32 [count]."""
+    elements = torch.arange(count, dtype=torch.int64, device=device)
+    phases = elements.mul_(_PHASE_STRIDE).add_(phase + start * _PHASE_STRIDE & 0x7FFFFF).bitwise_and_(0x7FFFFF)
+    return phases.to(torch.int32).bitwise_or_(0x3F800000).view(torch.float32)
 
 
 # --- 16-bit floats. To nearest, torch's own conversion is the libraries'. ---
@@ -289,17 +300,20 @@ def encode(
     blocks: Tensor | None,
     block_size: int,
     start: int,
-    noise: Noise | None,
+    phase: int | None,
     keep_grid: bool = False,
 ) -> None:
-    """Writes float32 [n] into the codes and headers from element ``start`` on. noise, keep_grid: for log8 only."""
+    """Writes float32 [n] into the codes and headers from element ``start`` on.
+
+    phase: of the tensor's first element, for log8; None: to nearest. keep_grid: log8 headers stay while they fit.
+    """
     if blocks is None:
         store(x, codes, start)
         return
     if fmt.name == "log8":
-        offsets = None if noise is None else noise_offsets(noise, start, x.numel(), x.device)
+        drawn = None if phase is None else offsets(phase, start, x.numel(), x.device)
         before = _headers(blocks, block_size, start, x.numel()) if keep_grid else None
-        new_codes, new_blocks = encode_log8(x, block_size, offsets, before)
+        new_codes, new_blocks = encode_log8(x, block_size, drawn, before)
     else:
         new_codes, new_blocks = {"int8": encode_int8, "nf4": encode_nf4}[fmt.name](x, block_size)
     _codes(codes, fmt, start, x.numel()).copy_(new_codes)

@@ -39,7 +39,7 @@ class AdamW8bit(LowBitOptimizer):
         block_size: elements that share a header, a power of two from 32 to 4096.
         min_quantized_numel: parameters with fewer elements keep float32 moments.
         stochastic_rounding: of log8 codes. To nearest, an average with beta2 = 0.999 stalls as soon as a step changes
-            it by less than half a code; rounded stochastically it is unbiased. The noise is a hash of seed, parameter
+            it by less than half a code; rounded stochastically it is unbiased. The noise follows from seed, parameter
             number, step and element, so that replicas stay identical.
         stochastic_rounding_writeback: round bfloat16 and float16 parameters stochastically when they are written.
         seed: of the noise, 0 to 2**64 - 1.

@@ -35,22 +35,13 @@ class Run:
         return self.optimizer.state[self.params[0]]["exp_avg_sq"].view(-1, BLOCK).cpu()
 
 
-def test_a_settled_block_keeps_its_header(backend: Any) -> None:
-    run = Run(backend.device, betas=(0.9, 0.999))
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_a_settled_block_keeps_its_header(backend: Any, stochastic: bool) -> None:
+    run = Run(backend.device, stochastic_rounding=stochastic)
     for _ in range(300):
         before = run.step()
     kept = (run.step() == before).all(dim=1)
     assert kept.float().mean() > 0.8
-
-
-def test_to_nearest_the_header_is_tight_at_every_step(backend: Any) -> None:
-    run = Run(backend.device, stochastic_rounding=False)
-    for _ in range(20):
-        before = run.step()
-    assert (run.step() != before).any(dim=1).float().mean() > 0.95
-    # The smallest and the largest value of a block have one of the first codes and one of the last.
-    assert (run.codes().amin(1) <= 4).all()
-    assert (run.codes().amax(1) >= 250).all()
 
 
 @pytest.mark.parametrize("factor", [1e3, 1e-3])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from a8multi.backend.torch_formats import STREAM_SECOND, STREAM_WRITE, Noise, noise_halves, noise_key, noise_offsets
+from a8multi.backend.torch_formats import Noise, noise_halves, noise_key, offsets, phase_key
 from a8multi.functional import quantize_blockwise
 
 CHUNK = 16384
@@ -22,13 +22,6 @@ def draws(numel: int, device: str, seed: int = 0) -> torch.Tensor:
     return (codes.cpu() == 62).double()
 
 
-def agreement(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Standard deviations by which two sequences of fair coins agree more, or less, often than by chance."""
-    keep = torch.arange(a.numel()) % 128 >= 66  # leaves the ends of blocks out at every lag below
-    same = (a == b)[keep].double()
-    return abs(float(same.mean()) - 0.5) / (0.5 / math.sqrt(same.numel()))
-
-
 def test_the_same_call_gives_the_same_codes(backend):
     assert torch.equal(draws(1000, backend.device, 7), draws(1000, backend.device, 7))
 
@@ -36,13 +29,13 @@ def test_the_same_call_gives_the_same_codes(backend):
 @pytest.mark.parametrize("seeds", [(0, 1), (1, 1 + (1 << 32)), (5, (1 << 64) - 1)], ids=str)
 def test_every_bit_of_the_seed_counts(backend, seeds):
     first, second = (draws(4 * CHUNK, backend.device, seed) for seed in seeds)
-    assert agreement(first, second) < 5
+    assert float((first != second).double().mean()) > 0.01
 
 
-@pytest.mark.parametrize("lag", [1, 2, 3, 4, 8, 16, 32, 64, 128, 256, CHUNK // 2, CHUNK, 2 * CHUNK])
-def test_elements_do_not_share_noise(backend, lag):
-    coins = draws(8 * CHUNK, backend.device)
-    assert agreement(coins[lag:], coins[:-lag]) < 5
+def test_the_draws_of_neighbours_are_spread_evenly(backend):
+    # Of 126 equal elements of a block half are rounded up, but for a few; independent coins are often off by ten.
+    ups = draws(64 * 128, backend.device).view(-1, 128)[:, 2:].sum(1)
+    assert float((ups - 63).abs().max()) <= 4
 
 
 def test_a_longer_array_starts_with_the_same_noise(backend):
@@ -69,24 +62,40 @@ def half_of(key: Noise, element: int) -> int:
 
 @pytest.mark.parametrize("start", [0, 2, CHUNK, (1 << 31) - 2, (1 << 32), (1 << 33) - 8, 1 << 33, 3 << 33])
 def test_torch_noise_follows_the_definition(start):
-    key = noise_key((1 << 63) + 12345, 1000, 3, STREAM_WRITE)
+    key = noise_key((1 << 63) + 12345, 1000, 3)
     got = noise_halves(key, start, 7, torch.device("cpu")).tolist()
     assert got == [half_of(key, start + k) for k in range(7)]
 
 
-def test_torch_key_follows_the_definition():
-    # Only the noise of write-back is drawn anew at every step.
-    for stream, step in ((STREAM_SECOND, 0), (STREAM_WRITE, 17)):
-        key = mixed(0xFFFFFFFE + 0x9E3779B9 & WORD)
-        for part in (0x12345678, step, 4, stream):
-            key = mixed(key ^ part)
-        turn = 17 * 0x4F1BBD + 0x40 & WORD
-        assert noise_key(0x12345678_FFFFFFFE, 17, 4, stream) == (key, mixed(key ^ 0x85EBCA6B), turn)
+def key_of(seed: int, step: int, noise_id: int, stream: int) -> int:
+    key = mixed((seed & WORD) + 0x9E3779B9 & WORD)
+    for part in (seed >> 32, step, noise_id, stream):
+        key = mixed(key ^ part)
+    return key
+
+
+def test_torch_keys_follow_the_definition():
+    seed = 0x12345678_FFFFFFFE
+    key = key_of(seed, 17, 4, 2)
+    assert noise_key(seed, 17, 4) == (key, mixed(key ^ 0x85EBCA6B))
+    # The phase of a moment does not draw anew at every step: it turns.
+    assert phase_key(seed, 17, 4) == key_of(seed, 0, 4, 1) + 17 * 0x4F1BBD & WORD
+
+
+@pytest.mark.parametrize("start", [0, 3, CHUNK, (1 << 31) - 2, (1 << 33) + 5])
+def test_torch_offsets_follow_the_definition(start):
+    got = offsets(WORD - 2, start, 7, torch.device("cpu")).double()
+    assert got.tolist() == [1 + (WORD - 2 + (start + k) * 0x3504F3) % 2**23 / 2**23 for k in range(7)]
+
+
+def test_no_two_elements_of_eight_million_share_a_phase():
+    drawn = offsets(123, 0, 1 << 23, torch.device("cpu"))
+    assert len(torch.unique(drawn)) == 1 << 23
 
 
 def offsets_at(step):
     """The offsets of a thousand elements at one step, in [1, 2)."""
-    return noise_offsets(noise_key(5, step, 1, STREAM_SECOND), 0, 1000, torch.device("cpu")).double()
+    return offsets(phase_key(5, step, 1), 0, 1000, torch.device("cpu")).double()
 
 
 def test_the_noise_of_an_element_is_spread_evenly_over_time():
@@ -104,7 +113,7 @@ def test_the_noise_turns_by_the_golden_ratio():
 
 
 def test_noise_is_uniform():
-    halves = noise_halves(noise_key(1, 2, 3, STREAM_SECOND), 0, 1 << 18, torch.device("cpu"))
+    halves = noise_halves(noise_key(1, 2, 3), 0, 1 << 18, torch.device("cpu"))
     counts = torch.bincount(halves >> 8, minlength=256).double()
     chi_squared = float(((counts - 1024) ** 2 / 1024).sum())
     # 255 degrees of freedom: mean 255, standard deviation 22.6.

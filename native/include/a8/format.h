@@ -92,10 +92,10 @@ A8_FN auto a8_log8_decode(U code, int32_t lo, int32_t step) {
   return a8_float(a8_select(code == 0u, code, (uint32_t)(lo - step) + code * (uint32_t)step));
 }
 
-// A number in [1, 2) from the low 16 bits of `half`, one half of a pair's noise word, turned by a8_noise.turn.
+// A number in [1, 2): 1 + the phase.
 template <typename U>
-A8_FN auto a8_offset(U half, uint32_t turn) {
-  return a8_float(0x3f800000u | (((half << 7) + turn) & 0x7fffffu));
+A8_FN auto a8_offset(U phase) {
+  return a8_float(0x3f800000u | (phase & 0x7fffffu));
 }
 
 // --- Formats scaled by the block's largest magnitude: int8 and nf4. Block header: float32 scale. ---

@@ -7,18 +7,16 @@
 
 #include "abi.h"
 
-// --- Noise: a counter-based hash, so that replicas and backends draw the same bits (design: never a device RNG). ---
+// --- Noise: a function of seed, parameter, step and element, so that replicas and backends draw the same bits (design:
+// never a device RNG). Write-back draws by a counter-based hash, anew at every step. log8 state has phases instead. ---
 
-// first, second: key of the hash. turn: what A8_STREAM_SECOND adds to the noise of all elements at this step.
+// Key of the hash of write-back.
 typedef struct a8_noise {
   uint32_t first;
   uint32_t second;
-  uint32_t turn;
 } a8_noise;
 
-// What the noise is for. Different streams never share bits. WRITE draws anew at every step. SECOND draws once for an
-// element and turns the draw by the golden ratio from step to step: the noise that an element meets is then spread evenly
-// over time, and a moving average drifts less than with independent draws (docs/decisions/0006-noise-turns.md).
+// What the noise is for: different streams never share bits.
 enum a8_stream { A8_STREAM_SECOND = 1, A8_STREAM_WRITE = 2 };
 
 // The 32-bit finaliser "lowbias32" (C. Wellons, hash-prospector): a bijection with bias 0.17 of the ideal's.
@@ -30,19 +28,29 @@ A8_FN uint32_t a8_mix(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-A8_FN a8_noise a8_noise_key(uint32_t seed_low, uint32_t seed_high, uint32_t step, uint32_t noise_id, uint32_t stream) {
+A8_FN uint32_t a8_key(uint32_t seed_low, uint32_t seed_high, uint32_t step, uint32_t noise_id, uint32_t stream) {
   uint32_t key = a8_mix(seed_low + 0x9e3779b9u);
   key = a8_mix(key ^ seed_high);
-  key = a8_mix(key ^ (stream == A8_STREAM_SECOND ? 0u : step));
+  key = a8_mix(key ^ step);
   key = a8_mix(key ^ noise_id);
-  key = a8_mix(key ^ stream);
+  return a8_mix(key ^ stream);
+}
+
+A8_FN a8_noise a8_noise_key(uint32_t seed_low, uint32_t seed_high, uint32_t step, uint32_t noise_id) {
   a8_noise noise;
-  noise.first = key;
-  noise.second = a8_mix(key ^ 0x85ebca6bu);
-  // 2^23 divided by the golden ratio, and the middle of a cell of 2^-16.
-  noise.turn = step * 0x4f1bbdu + 0x40u;
+  noise.first = a8_key(seed_low, seed_high, step, noise_id, A8_STREAM_WRITE);
+  noise.second = a8_mix(noise.first ^ 0x85ebca6bu);
   return noise;
 }
+
+// The phase of a tensor's first element at a step, in units of 2^-23 modulo 1; element e is e * A8_PHASE_STRIDE further on.
+// 2^23 / golden ratio a step and 2^23 * sqrt(2) an element: the noise that an element meets is spread evenly over time, that
+// of neighbours over a block, and a moving average drifts less than with independent draws (docs/decisions/0006).
+#define A8_PHASE_STRIDE 0x3504f3u
+A8_FN uint32_t a8_phase_key(uint32_t seed_low, uint32_t seed_high, uint32_t step, uint32_t noise_id) {
+  return a8_key(seed_low, seed_high, 0u, noise_id, A8_STREAM_SECOND) + step * 0x4f1bbdu;
+}
+A8_FN uint32_t a8_phase_at(uint32_t key, uint64_t element) { return key + (uint32_t)element * A8_PHASE_STRIDE; }
 
 // Where a run of fewer than 2^32 pairs begins: folds the high half of a 64-bit pair index into the key.
 A8_FN a8_noise a8_noise_at(a8_noise key, uint64_t pair) {
