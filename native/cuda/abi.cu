@@ -132,14 +132,12 @@ cudaError_t launch_adafactor(const a8_batch& batch, float* scratch, uint32_t pha
   if (batch.tile_count && phases & A8_MOMENTS)
     a8_adafactor_factors_kernel<<<batch.tile_count, A8_THREADS, 0, stream>>>(batch, scratch);
   if (phases & A8_NORM) {
-    if (batch.tile_count)
-      a8_adafactor_norm_factored_kernel<<<groups, A8_THREADS, 0, stream>>>(batch, scratch);
+    if (batch.tile_count) a8_adafactor_norm_factored_kernel<<<groups, A8_THREADS, 0, stream>>>(batch, scratch);
     a8_adafactor_norm_full_kernel<<<groups, A8_THREADS, 0, stream>>>(batch, scratch);
     a8_adafactor_totals_kernel<<<batch.tensor_count, A8_THREADS, 0, stream>>>(batch, scratch);
   }
   if (phases & A8_APPLY) {
-    if (batch.tile_count)
-      a8_adafactor_apply_factored_kernel<<<groups, A8_THREADS, 0, stream>>>(batch, scratch);
+    if (batch.tile_count) a8_adafactor_apply_factored_kernel<<<groups, A8_THREADS, 0, stream>>>(batch, scratch);
     a8_adafactor_apply_full_kernel<<<groups, A8_THREADS, 0, stream>>>(batch, scratch);
   }
   return cudaGetLastError();  // sticky for launches: the first that failed

@@ -108,12 +108,11 @@ A8_FN void a8_extend_eight(a8_log8_extremes* x, const float* v) {
 }
 
 // The new header of the lane's block of `lanes` lanes, or of several lines, from the extremes of all its elements.
-A8_FN a8_log8_plan a8_plan_log8(a8_log8_extremes x, uint32_t lanes, bool noisy, a8_log8_header before,
-                                a8_log8_header* header) {
+A8_FN a8_log8_plan a8_plan_log8(a8_log8_extremes x, uint32_t lanes, a8_log8_header before, a8_log8_header* header) {
   a8_log8_plan plan;
   uint32_t low = ~a8_group_max(~x.low, lanes), high = min(a8_group_max(x.high, lanes), (uint32_t)A8_LOG8_INFINITY);
   if (low != 0xffffffffu) low = min(low, a8_log8_low_key(A8_LOG8_INFINITY));  // a NaN counts as infinity
-  *header = a8_log8_header_of(a8_log8_low(low), (int32_t)high, a8_header_before(noisy, before));
+  *header = a8_log8_header_of(a8_log8_low(low), (int32_t)high, before);
   plan.old_header = before;
   plan.origin = a8_log8_origin(header->lo);
   plan.inverse_step = a8_exact_reciprocal((float)header->step);
@@ -132,11 +131,7 @@ A8_FN void a8_put_second(const a8_factor_job& job, const a8_factor_write& write,
   a8_log8_positions(v, plan.origin, plan.inverse_step, position);
   if (job.hyper.flags & A8_STOCHASTIC_STATE) {
 #pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      uint32_t word = a8_noise_word(write.second, (e + i) / 2);
-      position[i] = position[i] + a8_offset(word, write.second.turn);
-      position[i + 1] = position[i + 1] + a8_offset(word >> 16, write.second.turn);
-    }
+    for (int i = 0; i < 8; ++i) position[i] = position[i] + a8_offset(a8_phase_at(write.phase, e + i));
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i) position[i] = position[i] + A8_LOG8_NEAREST;
@@ -213,7 +208,7 @@ A8_FN float a8_apply_full(const a8_factor_job& job, char* arena, const a8_nf4_ta
       a8_extend_eight(&extremes, v);
       if (!now.updates) continue;
       a8_log8_header header;
-      plan = a8_plan_log8(extremes, lanes, job.hyper.flags & A8_STOCHASTIC_STATE, plan.old_header, &header);
+      plan = a8_plan_log8(extremes, lanes, plan.old_header, &header);
       extremes = {0xffffffffu, 0u};
       if (mine + now.at < place.count && (threadIdx.x & (lanes - 1u)) == 0)
         *reinterpret_cast<uint32_t*>(const_cast<char*>(place.second_block) +

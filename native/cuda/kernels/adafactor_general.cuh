@@ -122,7 +122,7 @@ static __device__ __noinline__ void a8_apply_general(const a8_factor_job& job, c
         a8_join_pair(span, moments, e, x.m, x.v);
       }
       __syncthreads();
-      a8_renew_headers(span, moments, noisy_state);
+      a8_renew_headers(span, moments);
       __syncthreads();
     }
     for (uint32_t e = 2 * threadIdx.x; e < span.count; e += 2 * A8_THREADS) {
@@ -140,11 +140,10 @@ static __device__ __noinline__ void a8_apply_general(const a8_factor_job& job, c
       }
       if (t->first_format != A8_NONE)
         a8_store_moment(t->first, t->first_format, pair, both, x.m, moments->new_first[e >> span.first_shift], false, 0,
-                        0, moments->levels);
+                        moments->levels);
       if (t->second_format != A8_FACTORED)
         a8_store_moment(t->second, t->second_format, pair, both, x.v, moments->new_second[e >> span.second_shift],
-                        noisy_state, noisy_state ? a8_noise_word(write.second, in_chunk) : 0u, write.second.turn,
-                        moments->levels);
+                        noisy_state, a8_phase_at(write.phase, 2 * in_chunk), moments->levels);
     }
     if (a8_scales(job)) a8_add_squares(room, span.count, &param_squares);
   }

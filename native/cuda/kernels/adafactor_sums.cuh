@@ -174,7 +174,7 @@ A8_FN bool a8_squares_are_known(const a8_factor_job& job) {
 typedef struct a8_factor_write {
   a8_adafactor_rule rule;
   a8_noise write;  // from the chunk's first pair on
-  a8_noise second;
+  uint32_t phase;  // of the chunk's first element
 } a8_factor_write;
 
 A8_FN a8_factor_write a8_factor_write_of(const a8_factor_job& job) {
@@ -185,7 +185,7 @@ A8_FN a8_factor_write a8_factor_write_of(const a8_factor_job& job) {
   write.rule = a8_adafactor_rule_of(h, lr, (float)job.tensor->numel, totals[0], totals[1]);
   uint64_t pair = (uint64_t)job.from / 2;
   uint32_t id = job.tensor->noise_id;
-  write.write = a8_noise_at(a8_noise_key(h->seed_low, h->seed_high, h->step, id, A8_STREAM_WRITE), pair);
-  write.second = a8_noise_at(a8_noise_key(h->seed_low, h->seed_high, h->step, id, A8_STREAM_SECOND), pair);
+  write.write = a8_noise_at(a8_noise_key(h->seed_low, h->seed_high, h->step, id), pair);
+  write.phase = a8_phase_at(a8_phase_key(h->seed_low, h->seed_high, h->step, id), (uint64_t)job.from);
   return write;
 }

@@ -21,8 +21,8 @@ A8_FN a8_adam_job a8_adam_job_of(const a8_batch& batch, a8_chunk chunk, uint32_t
   job.rule = a8_adam_rule_of(h, h->lr_device ? *h->lr_device : h->lr);
   uint64_t pair = (uint64_t)chunk.part * (A8_CHUNK / 2);
   uint32_t id = job.tensor->noise_id;
-  job.second = a8_noise_at(a8_noise_key(h->seed_low, h->seed_high, h->step, id, A8_STREAM_SECOND), pair);
-  job.write = a8_noise_at(a8_noise_key(h->seed_low, h->seed_high, h->step, id, A8_STREAM_WRITE), pair);
+  job.phase = a8_phase_at(a8_phase_key(h->seed_low, h->seed_high, h->step, id), (uint64_t)job.from);
+  job.write = a8_noise_at(a8_noise_key(h->seed_low, h->seed_high, h->step, id), pair);
   return job;
 }
 

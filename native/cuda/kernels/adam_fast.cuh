@@ -65,9 +65,9 @@ template <int kParamBytes, int kGradBytes>
 struct a8_fast_stage {
   uint4 param[kParamBytes / 2][A8_THREADS];
   uint4 grad[kGradBytes / 2][A8_THREADS];
-  uint4 codes[A8_THREADS];  // first, then second moment
+  uint4 codes[A8_THREADS];      // first, then second moment
   uint32_t header[A8_THREADS];  // of the second moment
-  float scale[A8_THREADS];  // of the first
+  float scale[A8_THREADS];      // of the first
 };
 
 // Units that a warp loads ahead: enough bytes in flight to keep the memory busy.
@@ -160,15 +160,13 @@ struct a8_fast {
   static __device__ __forceinline__ void store_second(const a8_adam_job& job, const a8_fast_place& at, uint32_t pair,
                                                       const float* v, int32_t origin, float inverse_step) {
     float position[8];
-    uint32_t packed[2];
+    uint32_t packed[2], phase = a8_phase_at(job.phase, 2 * pair);
     a8_log8_positions(v, origin, inverse_step, position);
     if (job.flags & A8_STOCHASTIC_STATE) {
 #pragma unroll
-      for (int i = 0; i < 8; i += 2) {
-        uint32_t word = noise(job.second, pair, i);
-        position[i] = position[i] + a8_offset(word, job.second.turn);
-        position[i + 1] = position[i + 1] + a8_offset(word >> 16, job.second.turn);
-      }
+      for (int i = 0; i < 8; ++i)
+        position[i] =
+            position[i] + a8_offset(phase + (kRuns == 1 ? i : i / 4 * (A8_FAST_BLOCK / 2) + i % 4) * A8_PHASE_STRIDE);
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i) position[i] = position[i] + A8_LOG8_NEAREST;
@@ -242,8 +240,7 @@ struct a8_fast {
     advance(&to, -A8_STAGES);
     store_param(job, to, pair, p);
     store_first(to, m, most_bits == 0 ? 0.0f : a8_exact_div(A8_INT8_LEVELS, most));
-    a8_log8_header before = a8_header_before(job.flags & A8_STOCHASTIC_STATE, header);
-    a8_log8_header after = a8_log8_header_of(a8_log8_low(low), (int32_t)high, before);
+    a8_log8_header after = a8_log8_header_of(a8_log8_low(low), (int32_t)high, header);
     store_second(job, to, pair, v, a8_log8_origin(after.lo), a8_exact_reciprocal((float)after.step));
     if ((threadIdx.x & 15u) == 0) {
       __stcs(reinterpret_cast<float*>(to.first_block), most_bits == 0 ? 0.0f : a8_exact_div_127(most));

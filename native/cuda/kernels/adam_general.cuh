@@ -16,15 +16,15 @@ typedef struct a8_adam_job {
   uint32_t count;  // elements
   uint32_t flags;  // of the hyper-parameters
   a8_adam_rule rule;
-  a8_noise second;  // noise from the first pair on
-  a8_noise write;
+  a8_noise write;  // from the first pair on
+  uint32_t phase;  // of the first element
 } a8_adam_job;
 
 // One chunk of a stretch.
 A8_FN a8_adam_job a8_part_of(a8_adam_job job, uint32_t part) {
   job.from += part * A8_CHUNK;
   job.count = min(job.count - part * A8_CHUNK, (uint32_t)A8_CHUNK);
-  job.second = a8_noise_at(job.second, part * (A8_CHUNK / 2));
+  job.phase = a8_phase_at(job.phase, part * A8_CHUNK);
   job.write = a8_noise_at(job.write, part * (A8_CHUNK / 2));
   return job;
 }
@@ -79,7 +79,7 @@ static __device__ __noinline__ void a8_adam_general(const a8_adam_job& job, unsi
         a8_join_pair(span, room, e, m, v);
       }
       __syncthreads();
-      a8_renew_headers(span, room, job.flags & A8_STOCHASTIC_STATE);
+      a8_renew_headers(span, room);
       __syncthreads();
     }
     for (uint32_t at = 0; at < span.count; at += 2 * A8_THREADS) {
@@ -95,10 +95,9 @@ static __device__ __noinline__ void a8_adam_general(const a8_adam_job& job, unsi
           make_float2(a8_adam_param(&job.rule, x.p.x, x.m.x, x.v.x), a8_adam_param(&job.rule, x.p.y, x.m.y, x.v.y));
       a8_store_pair(t->param, t->param_dtype, pair, both, p, noisy_write,
                     noisy_write ? a8_noise_word(job.write, in_chunk) : 0u);
-      a8_store_moment(t->first, t->first_format, pair, both, x.m, room->new_first[first_block], false, 0, 0,
-                      room->levels);
+      a8_store_moment(t->first, t->first_format, pair, both, x.m, room->new_first[first_block], false, 0, room->levels);
       a8_store_moment(t->second, t->second_format, pair, both, x.v, room->new_second[second_block], noisy_state,
-                      noisy_state ? a8_noise_word(job.second, in_chunk) : 0u, job.second.turn, room->levels);
+                      a8_phase_at(job.phase, 2 * in_chunk), room->levels);
     }
   }
 }

@@ -10,7 +10,7 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS) a8_quantize_kernel(a8_c
   __syncthreads();
   uint32_t lane = threadIdx.x & 31u;
   int64_t blocks = (c.numel + c.block_size - 1) / c.block_size;
-  a8_noise key = a8_noise_key(c.seed_low, c.seed_high, 0, 0, A8_STREAM_SECOND);
+  uint32_t key = a8_phase_key(c.seed_low, c.seed_high, 0, 0);
   int64_t warps = (int64_t)gridDim.x * (A8_THREADS / 32);
   for (int64_t block = (int64_t)blockIdx.x * (A8_THREADS / 32) + threadIdx.x / 32; block < blocks; block += warps) {
     int64_t from = block * c.block_size;
@@ -29,9 +29,9 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS) a8_quantize_kernel(a8_c
     for (int64_t pair = from / 2 + lane; 2 * pair < end; pair += 32) {
       bool both = 2 * pair + 1 < end;
       float2 x = a8_load_pair(c.values, c.dtype, pair, both);
-      uint32_t word = c.stochastic ? a8_noise_word(a8_noise_at(key, (uint64_t)pair), 0u) : 0u;
-      float even = c.stochastic ? a8_offset(word & 0xffffu, key.turn) : A8_LOG8_NEAREST;
-      float odd = c.stochastic ? a8_offset(word >> 16, key.turn) : A8_LOG8_NEAREST;
+      uint32_t phase = a8_phase_at(key, 2 * (uint64_t)pair);
+      float even = c.stochastic ? a8_offset(phase) : A8_LOG8_NEAREST;
+      float odd = c.stochastic ? a8_offset(phase + A8_PHASE_STRIDE) : A8_LOG8_NEAREST;
       a8_store_codes(c.codes, c.format, pair, both, a8_encode(c.format, x.x, encoder, even, levels),
                      a8_encode(c.format, x.y, encoder, odd, levels));
     }

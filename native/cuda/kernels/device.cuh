@@ -249,12 +249,6 @@ A8_FN a8_encoder a8_store_header(void* headers, uint32_t format, int64_t block, 
   return encoder;
 }
 
-// What a step gives a8_store_header as the header before: only stochastic rounding keeps a grid.
-A8_FN a8_log8_header a8_header_before(bool stochastic, a8_log8_header header) {
-  header.lo = stochastic ? header.lo : 0;
-  return header;
-}
-
 A8_FN uint32_t a8_encode(uint32_t format, float x, const a8_encoder& encoder, float offset, const float* levels) {
   if (format == A8_LOG8) return a8_log8_encode(a8_log8_bits(x), encoder.origin, encoder.inverse, offset);
   bool finite = encoder.inverse == encoder.inverse;

@@ -36,13 +36,13 @@ A8_FN float2 a8_load_moment(const void* state, uint32_t format, int64_t pair, bo
 }
 
 A8_FN void a8_store_moment(void* state, uint32_t format, int64_t pair, bool both, float2 x, const a8_encoder& encoder,
-                           bool stochastic, uint32_t word, uint32_t turn, const float* levels) {
+                           bool stochastic, uint32_t phase, const float* levels) {
   if (!a8_is_quantised(format)) {
     a8_store_pair(state, format == A8_STATE_BF16 ? A8_BF16 : A8_F32, pair, both, x, false, 0);
     return;
   }
-  float even = stochastic ? a8_offset(word & 0xffffu, turn) : A8_LOG8_NEAREST;
-  float odd = stochastic ? a8_offset(word >> 16, turn) : A8_LOG8_NEAREST;
+  float even = stochastic ? a8_offset(phase) : A8_LOG8_NEAREST;
+  float odd = stochastic ? a8_offset(phase + A8_PHASE_STRIDE) : A8_LOG8_NEAREST;
   a8_store_codes(state, format, pair, both, a8_encode(format, x.x, encoder, even, levels),
                  a8_encode(format, x.y, encoder, odd, levels));
 }
@@ -113,18 +113,18 @@ A8_FN void a8_join_pair(const a8_span& span, a8_moment_room* room, uint32_t e, f
 }
 
 // Writes the new headers and keeps their encoders. The caller synchronises before and after.
-A8_FN void a8_renew_headers(const a8_span& span, a8_moment_room* room, bool stochastic) {
+A8_FN void a8_renew_headers(const a8_span& span, a8_moment_room* room) {
   const a8_tensor* t = span.tensor;
   for (uint32_t block = threadIdx.x; block < A8_SPAN_BLOCKS; block += A8_THREADS) {
     a8_extremes extremes = {room->most[block], room->low[block], room->high[block]};
     uint32_t e = block << span.first_shift;
     if (a8_is_quantised(t->first_format) && e < span.count && a8_wants(span, e))
-      room->new_first[block] = a8_store_header(t->first_block, t->first_format, (span.from >> span.first_shift) + block,
-                                               extremes, {0, 0});
+      room->new_first[block] =
+          a8_store_header(t->first_block, t->first_format, (span.from >> span.first_shift) + block, extremes, {0, 0});
     e = block << span.second_shift;
     if (t->second_format == A8_LOG8 && e < span.count && a8_wants(span, e))
       room->new_second[block] =
           a8_store_header(t->second_block, t->second_format, (span.from >> span.second_shift) + block, extremes,
-                          a8_header_before(stochastic, room->second[block].log8));
+                          room->second[block].log8);
   }
 }
