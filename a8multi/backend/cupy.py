@@ -31,7 +31,19 @@ _MAX_GRID = 8192  # of the kernels that take any grid
 # Kernels by the file that holds them. A file is compiled when one of its kernels is first wanted.
 _KERNELS = {
     "adam": ("adam",),
-    "adafactor": tuple(f"adafactor_{part}" for part in ("reduce", "means", "factors", "norm", "totals", "apply")),
+    "adafactor": tuple(
+        f"adafactor_{part}"
+        for part in (
+            "reduce",
+            "means",
+            "factors",
+            "norm_factored",
+            "norm_full",
+            "totals",
+            "apply_factored",
+            "apply_full",
+        )
+    ),
     "codec": ("quantize", "dequantize"),
     "schedule": ("derive",),
 }
@@ -126,13 +138,17 @@ class CupyBackend:
         scratch = np.uint64(marshal.scratch_of(plan, live).data_ptr())
         phases = np.uint32(int(structs.Phase.ALL_PHASES))
         groups = -(-batch.chunk_count * 32 // self._threads)  # of chunks: a warp each
+        factored = groups if batch.tile_count else 0
+        # As abi.cu does it: a grid of 0 is no launch.
         launches: list[tuple[str, int, tuple[np.uint32, ...]]] = [
             ("reduce", batch.tile_count, ()),
             ("means", batch.tile_count, (phases,)),
             ("factors", batch.tile_count, ()),
-            ("norm", groups, ()),
+            ("norm_factored", factored, ()),
+            ("norm_full", groups, ()),
             ("totals", batch.tensor_count, ()),
-            ("apply", groups, ()),
+            ("apply_factored", factored, ()),
+            ("apply_full", groups, ()),
         ]
         with self._on(plan.device):
             for name, grid, more in launches:
