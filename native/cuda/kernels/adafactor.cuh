@@ -99,6 +99,7 @@ A8_FN void a8_norm_chunks(const a8_batch& batch, float* scratch, uint32_t first,
     if (!left) a8_norm_warp<kFactored>(job, room->arena[warp], &room->table);
   }
   room->left[warp] = left;
+  a8_copies_wait<0>();  // none may land in what the general path writes
   __syncthreads();
   for (uint32_t i = 0; i < A8_WARPS; ++i)
     if (room->left[i]) a8_norm_general(a8_factor_job_of(batch, scratch, first + i), &room->general);
@@ -145,6 +146,7 @@ A8_FN void a8_apply_chunks(const a8_batch& batch, float* scratch, uint32_t first
     }
   }
   room->left[warp] = left;
+  a8_copies_wait<0>();  // none may land in what the general path writes
   __syncthreads();
   for (uint32_t i = 0; i < A8_WARPS; ++i) {
     if (!room->left[i]) continue;

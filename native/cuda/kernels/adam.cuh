@@ -82,6 +82,7 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_AMPERE ? A8_ADAM_RES
         if (threadIdx.x < A8_MAX_GROUP) left[threadIdx.x] = 0;
         __syncthreads();
         fast = a8_adam_fast(job, &room.fast, left);
+        a8_copies_wait<0>();  // none may land in what the general path writes
         __syncthreads();
       }
       for (uint32_t part = 0; part < parts; ++part) {
