@@ -168,7 +168,7 @@ def test_stochastic_rounding_takes_the_two_neighbours_with_the_right_probability
     count = 1 << 16
     x = torch.full((count,), value)
     target = torch.empty(count, dtype=dtype)
-    formats.store(x, target, 0, formats.noise_key(3, 1, 0, formats.STREAM_WRITE))
+    formats.store(x, target, 0, formats.noise_key(3, 1, 0))
     lower, upper = neighbours(float(x[0].double()), dtype)
     drawn = target.double().abs()
     assert ((drawn == lower) | (drawn == upper)).all()
@@ -195,7 +195,7 @@ def neighbours(value: float, dtype: torch.dtype) -> tuple[float, float]:
 def test_stochastic_rounding_keeps_nan_and_infinity(dtype):
     x = torch.tensor([math.nan, -math.nan, math.inf, -math.inf]).repeat(1000)
     target = torch.empty(4000, dtype=dtype)
-    formats.store(x, target, 0, formats.noise_key(3, 1, 0, formats.STREAM_WRITE))
+    formats.store(x, target, 0, formats.noise_key(3, 1, 0))
     assert target.view(-1, 4)[:, :2].isnan().all()
     assert target.view(-1, 4)[:, 2].eq(math.inf).all()
     assert target.view(-1, 4)[:, 3].eq(-math.inf).all()
