@@ -84,9 +84,9 @@ def test_json_is_complete(measure: Measure) -> None:
     assert list(row["curve"]) == ["1", "2", "3"]
     assert row["errors"] == {at: row["curve"][at] for at in ("1", "3")}
     assert row["worst"]["error"] == max(row["curve"].values())
-    # Two codes a parameter and 12 bytes a started block of 128; two float32 moments in the small tensors.
+    # Two codes a parameter and 8 bytes a started block of 128; two float32 moments in the small tensors.
     blocks, parameters = 80 + 38 + 50 + 50, result["parameter_count"]
-    state_bytes = 2 * TINY_COUNTED + 12 * blocks + 8 * (parameters - TINY_COUNTED)
+    state_bytes = 2 * TINY_COUNTED + 8 * blocks + 8 * (parameters - TINY_COUNTED)
     assert row["state_bytes_per_param"] == pytest.approx(state_bytes / parameters, rel=1e-12)
 
 

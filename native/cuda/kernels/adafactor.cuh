@@ -73,7 +73,11 @@ typedef struct a8_chunk_room {
 
 // Blocks of threads that share a multiprocessor: the compiler then allows itself 80 registers, or 128. Before Ampere shared
 // memory has room for one. Kernels of their own for the two kinds of second moment: each with the registers it needs.
-#define A8_THREE_RESIDENT (A8_AMPERE ? 3 : 1)
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900)
+#define A8_THREE_RESIDENT 3
+#else
+#define A8_THREE_RESIDENT (A8_AMPERE ? 2 : 1)
+#endif
 #define A8_TWO_RESIDENT (A8_AMPERE ? 2 : 1)
 
 // Whether this block of threads has a chunk of a tensor of the kind that the kernel is for; mine: whether this warp has.
