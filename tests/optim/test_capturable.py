@@ -245,8 +245,10 @@ def test_a_capture_after_a_step_or_a_load(make: Any, capture: Any) -> None:
     loaded = make(twins, capturable=True)
     loaded.load_state_dict(optimizer.state_dict())
     capture()
-    run(optimizer, params, range(1, 2))
-    run(loaded, twins, range(1, 2))
+    # Whatever the environment forces: torch cannot be captured, see below.
+    with a8multi.use_backend("cpu"):
+        run(optimizer, params, range(1, 2))
+        run(loaded, twins, range(1, 2))
     assert not differences(snapshot(loaded, twins), snapshot(optimizer, params))
     assert int(optimizer.state[params[0]]["step"]) == 2
 

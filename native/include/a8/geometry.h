@@ -17,7 +17,6 @@
 // Elements at the beginning of a chunk that its fingerprint looks at: neighbours, for a sample spread over many pages costs
 // a page walk each (half of the norm phase, measured). Not part of the numerics.
 #define A8_SAMPLES 8
-#define A8_SAMPLE 2048
 
 // Block sizes of a quantised state: powers of two in this range.
 #define A8_MIN_BLOCK 32
