@@ -288,7 +288,7 @@ def document(experiment: Experiment, report_at: Sequence[int], command: str) -> 
         }
         rows.append(asdict(row) | measured)
     components = ("python", "cpu", "torch", "numpy", "a8multi", *PEER_PACKAGES)
-    operation = {"adamw": "adam", "adafactor": "adafactor"}[experiment.config["family"]]
+    operation = {"adamw": "elementwise", "adafactor": "adafactor"}[experiment.config["family"]]
     return {
         "command": command,
         "date": datetime.now(timezone.utc).date().isoformat(),

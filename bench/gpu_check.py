@@ -33,7 +33,7 @@ from gpu_common import (
     random_params,
 )
 
-from loader.structs import Batch, Chunk, Codec, Dtype, Flag, Format, Hyper, Tensor
+from loader.structs import Batch, Chunk, Codec, Dtype, Flag, Format, Hyper, Phase, Tensor
 
 
 @dataclass
@@ -111,7 +111,7 @@ class Run:
     def step(self, hypers: list[Hyper], grads: list[torch.Tensor]) -> None:
         for arrays, grad in zip(self.arrays, grads, strict=True):
             arrays["grad"].copy_(grad.view(torch.uint8))
-        self.library.run("a8_adam", self.batch(hypers))
+        self.library.run("a8_elementwise", self.batch(hypers), int(Phase.ALL_PHASES))
 
 
 def hyper(
@@ -255,11 +255,11 @@ def time_set(
             if label and dtype is Dtype.F32:
                 continue
             batch = run.batch([hyper(100, flags=flags)])
-            ms = median_ms(lambda batch=batch, library=library: library.run("a8_adam", batch), repeats)
+            ms = median_ms(lambda batch=batch, library=library: library.run("a8_elementwise", batch, int(Phase.ALL_PHASES)), repeats)
             row[Path(library.path).stem.removeprefix("liba8multi_") + label] = ms
         start = time.perf_counter()
         for _ in range(20):
-            library.run("a8_adam", batch)
+            library.run("a8_elementwise", batch, int(Phase.ALL_PHASES))
         row["host_ms"] = (time.perf_counter() - start) / 20 * 1e3
         torch.cuda.synchronize()
         del run, arrays

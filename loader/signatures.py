@@ -6,7 +6,7 @@ the symbols of the built libraries. A new entry is one row here and one line the
 
 from __future__ import annotations
 
-from ctypes import POINTER, c_char_p, c_int32, c_uint32
+from ctypes import POINTER, c_char_p, c_int32, c_uint32, c_void_p
 from typing import Any, NamedTuple
 
 from .structs import Batch, Codec, Exec, Hyper, Info, Op, Schedule
@@ -32,8 +32,9 @@ SIGNATURES: tuple[Signature, ...] = (
     LAST_ERROR,
     Signature("a8_quantize", _STATUS, (_EXEC, POINTER(Codec)), Op.CODEC),
     Signature("a8_dequantize", _STATUS, (_EXEC, POINTER(Codec)), Op.CODEC),
-    # Promised with Adam; Adafactor uses it too.
-    Signature("a8_derive", _STATUS, (_EXEC, POINTER(Schedule), POINTER(Hyper), c_uint32, c_uint32), Op.ADAM),
-    Signature("a8_adam", _STATUS, (_EXEC, POINTER(Batch)), Op.ADAM),
+    # The first two are promised with the element-wise rules; Adafactor uses them too.
+    Signature("a8_derive", _STATUS, (_EXEC, POINTER(Schedule), POINTER(Hyper), c_uint32, c_uint32), Op.ELEMENTWISE),
+    Signature("a8_screen", _STATUS, (_EXEC, POINTER(Batch), c_void_p, c_void_p), Op.ELEMENTWISE),
+    Signature("a8_elementwise", _STATUS, (_EXEC, POINTER(Batch), c_uint32), Op.ELEMENTWISE),
     Signature("a8_adafactor", _STATUS, (_EXEC, POINTER(Batch), c_uint32), Op.ADAFACTOR),
 )

@@ -20,7 +20,7 @@ from ctypes import (
 )
 from enum import IntEnum, IntFlag
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 
 class Status(IntEnum):
@@ -68,8 +68,21 @@ class Op(IntFlag):
     """``a8_op``: what a library can do."""
 
     CODEC = 1
-    ADAM = 2
+    ELEMENTWISE = 2
     ADAFACTOR = 4
+
+
+class RuleKind(IntEnum):
+    """``a8_rule_kind``: what an element-wise step does."""
+
+    ADAM = 0
+    LION = 1
+    RMSPROP = 2
+    SGD = 3
+    ADAGRAD = 4
+    ADEMAMIX = 5
+    LAMB = 6
+    LARS = 7
 
 
 class Flag(IntFlag):
@@ -81,6 +94,8 @@ class Flag(IntFlag):
     STOCHASTIC_WRITE = 8
     SCALE_PARAMETER = 16
     SCALE_DECAY = 32
+    NESTEROV = 64
+    AVERAGE_UPDATE = 128
 
 
 class TensorFlag(IntFlag):
@@ -96,16 +111,24 @@ class ScheduleRule(IntFlag):
     BETA2_DECAYS = 2
     CORRECT_BIAS = 4
     RELATIVE_STEP = 8
+    UNBIASED = 16
+    LR_DECAYS = 32
+    FIRST_WHOLE = 64
+    MIX_WARMS_UP = 128
+    BETA3_WARMS_UP = 256
 
 
 class Phase(IntFlag):
-    """``a8_phase``: phases of an Adafactor step, in order."""
+    """``a8_phase``: phases of a step, in order."""
 
     REDUCE = 1
     MOMENTS = 2
     NORM = 4
-    APPLY = 8
-    ALL_PHASES = 15
+    RESIDUAL = 8
+    CONFIDENCE = 16
+    LIMIT = 32
+    APPLY = 64
+    ALL_PHASES = 127
 
 
 class Info(Structure):
@@ -156,14 +179,20 @@ class Hyper(Structure):
         ("lr", c_float),
         ("beta1", c_float),
         ("beta2", c_float),
+        ("beta3", c_float),
         ("one_minus_beta1", c_float),
         ("one_minus_beta2", c_float),
+        ("one_minus_beta3", c_float),
         ("eps", c_float),
         ("eps2", c_float),
+        ("eps3", c_float),
         ("weight_decay", c_float),
         ("bias1", c_float),
         ("bias2", c_float),
         ("clip", c_float),
+        ("growth", c_float),
+        ("mix", c_float),
+        ("trust", c_float),
         ("flags", c_uint32),
         ("seed_low", c_uint32),
         ("seed_high", c_uint32),
@@ -183,6 +212,9 @@ class Tensor(Structure):
         ("first_block", c_void_p),
         ("second", c_void_p),
         ("second_block", c_void_p),
+        ("third", c_void_p),
+        ("third_block", c_void_p),
+        ("limiter", c_void_p),
         ("numel", c_int64),
         ("rows", c_int64),
         ("cols", c_int64),
@@ -190,6 +222,7 @@ class Tensor(Structure):
         ("tile_at", c_int64),
         ("row_at", c_int64),
         ("col_at", c_int64),
+        ("residual_at", c_int64),
         ("sum_at", c_int64),
         ("chunks", c_uint32),
         ("tiles", c_uint32),
@@ -197,11 +230,15 @@ class Tensor(Structure):
         ("noise_id", c_uint32),
         ("first_block_size", c_uint32),
         ("second_block_size", c_uint32),
+        ("third_block_size", c_uint32),
+        ("flags", c_uint32),
         ("param_dtype", c_uint8),
         ("grad_dtype", c_uint8),
         ("first_format", c_uint8),
         ("second_format", c_uint8),
-        ("flags", c_uint32),
+        ("third_format", c_uint8),
+        ("reserved", c_uint8),
+        ("reserved2", c_uint16),
     ]
 
 
@@ -222,10 +259,13 @@ class Batch(Structure):
         ("chunks", c_void_p),
         ("tiles", c_void_p),
         ("hypers", c_void_p),
+        ("skip", c_void_p),
         ("tensor_count", c_uint32),
         ("chunk_count", c_uint32),
         ("tile_count", c_uint32),
         ("hyper_count", c_uint32),
+        ("rule", c_uint32),
+        ("reserved", c_uint32),
     ]
 
 
@@ -253,9 +293,17 @@ class Schedule(Structure):
 
     _fields_ = [
         ("step", c_void_p),
+        ("skip", c_void_p),
         ("beta1", c_double),
         ("beta2", c_double),
+        ("beta3", c_double),
         ("beta2_decay", c_double),
+        ("mix", c_double),
+        ("mix_steps", c_double),
+        ("beta3_steps", c_double),
+        ("first_half", c_double),
+        ("last_half", c_double),
+        ("decay", c_double),
         ("rules", c_uint32),
         ("reserved", c_uint32),
     ]
@@ -280,6 +328,7 @@ ENUMS: dict[str, type[IntEnum] | type[IntFlag]] = {
     "format": Format,
     "isa": Isa,
     "op": Op,
+    "rule_kind": RuleKind,
     "flag": Flag,
     "tensor_flag": TensorFlag,
     "schedule_rule": ScheduleRule,

@@ -23,7 +23,7 @@ class BackendReport:
         path: of the loaded library, or None.
         version: of the library or package, or None.
         detail: the instruction set that runs, or the architectures compiled in.
-        ops: the operations it offers: "codec", "adam", "adafactor".
+        ops: the operations it offers: "codec", "elementwise", "adafactor".
         devices: types of the devices it serves; empty: all.
     """
 
@@ -46,8 +46,8 @@ class Backend(Protocol):
 
     name: str
 
-    def adam(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
-        """One Adam or AdamW step: updates parameters and moments in place."""
+    def elementwise(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
+        """One step of the element-wise rule ``plan.rule``: updates parameters and moments in place."""
 
     def adafactor(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
         """One Adafactor step: updates parameters and moments in place."""

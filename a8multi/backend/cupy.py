@@ -64,7 +64,7 @@ class CupyBackend:
     """The kernels that ``loader.sources`` finds, compiled for each device when it first runs one."""
 
     name = "cupy"
-    ops = ("codec", "adam", "adafactor")
+    ops = ("codec", "elementwise", "adafactor")
 
     def __init__(self) -> None:
         require_cuda()
@@ -128,7 +128,7 @@ class CupyBackend:
             self._launch("derive", plan.device, grid, *tables, np.uint32(rows), np.uint32(live.advanced()))
         return batch
 
-    def adam(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
+    def elementwise(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
         batch = self._batch(plan, hypers, live)
         # The last argument is how many chunks a block of threads takes at a time: any gives the same bits.
         self._launch("adam", plan.device, batch.chunk_count, batch, np.uint32(1))

@@ -38,7 +38,11 @@ def batch_of(plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> tu
     else:
         at = [_address(table) for table in tables]
     batch = structs.Batch(
-        tensor_count=len(tensors), chunk_count=len(plan.chunks), tile_count=len(plan.tiles), hyper_count=len(hypers)
+        tensor_count=len(tensors),
+        chunk_count=len(plan.chunks),
+        tile_count=len(plan.tiles),
+        hyper_count=len(hypers),
+        rule=int(plan.rule),
     )
     first, batch.hypers, batch.tensors, batch.chunks, batch.tiles = at
     return batch, first

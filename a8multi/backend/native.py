@@ -13,6 +13,7 @@ from a8multi import settings
 from a8multi.errors import BackendUnavailable, NativeError
 from a8multi.loader import Library, load, structs
 from a8multi.plan import Live, StepPlan
+from a8multi.plan.step_plan import has_norm
 from a8multi.quant.formats import StateFormat
 
 from . import marshal
@@ -92,12 +93,13 @@ class NativeBackend:
             names = ", ".join(f"{i}: {item.name}" for i, item in enumerate(plan.items[:64]))
             raise NativeError(error.status, f"{error.message} (tensors {names})", error.entry) from error
 
-    def adam(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
-        self._step("a8_adam", plan, hypers, live)
+    def elementwise(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
+        phases = int(structs.Phase.ALL_PHASES)
+        scratch = marshal.scratch_of(plan, live) if has_norm(plan.rule) else None
+        self._step("a8_elementwise", plan, hypers, live, phases, scratch=scratch)
 
     def adafactor(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
-        phases = int(structs.Phase.ALL_PHASES)
-        self._step("a8_adafactor", plan, hypers, live, phases, scratch=marshal.scratch_of(plan, live))
+        self._step("a8_adafactor", plan, hypers, live, int(plan.phases), scratch=marshal.scratch_of(plan, live))
 
     def quantize(
         self,

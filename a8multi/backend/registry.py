@@ -118,12 +118,12 @@ def _forced() -> tuple[str, ...] | None:
     return _override.get() or settings.backend()
 
 
-def backend_for(device: torch.device | str, op: str = "adam") -> Backend:
+def backend_for(device: torch.device | str, op: str = "elementwise") -> Backend:
     """The backend that runs ``op`` on tensors of ``device`` now.
 
     Args:
         device: of the parameters.
-        op: "codec", "adam" or "adafactor".
+        op: "codec", "elementwise" or "adafactor".
     Raises:
         BackendUnavailable: none of the backends that A8MULTI_BACKEND or ``use_backend`` names can; says why for each.
         SettingError: A8MULTI_BACKEND holds an unknown name.
@@ -237,7 +237,7 @@ def explain() -> str:
     except SettingError as error:
         lines.append(f"Choice: none. {error}")
     for device in (torch.device("cpu"), *devices.cuda_devices()):
-        for op in ("adam", "adafactor", "codec"):
+        for op in ("elementwise", "adafactor", "codec"):
             try:
                 backend, refused = _choose(device, op)
                 lines.append(f"  {op} on {device}: {backend.name}")

@@ -33,11 +33,11 @@ class TorchBackend:
     name = "torch"
 
     def report(self) -> BackendReport:
-        ops = ("codec", "adam", "adafactor")
+        ops = ("codec", "elementwise", "adafactor")
         return BackendReport(self.name, True, "", None, str(torch.__version__), "plain torch operations", ops)
 
     @torch.no_grad()
-    def adam(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
+    def elementwise(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
         hypers = live.read(hypers) if live is not None else hypers
         for item, grad in zip(plan.items, plan.grads, strict=True):
             hyper = Hyper.of(hypers[item.hyper])
@@ -165,8 +165,8 @@ def _encode(
 
 def _store(item: Item, hyper: Hyper, start: int, p: Tensor, m: Tensor | None, v: Tensor | None) -> None:
     formats.store(p, item.param, start, hyper.write_noise(item))
-    _encode(item.first_spec, m, item.first, item.first_block, start, None)
-    _encode(item.second_spec, v, item.second, item.second_block, start, hyper.phase(item))
+    _encode(item.moments.first, m, item.first, item.first_block, start, None)
+    _encode(item.moments.second, v, item.second, item.second_block, start, hyper.phase(item))
 
 
 # --- Adam: Kingma & Ba 2015, Algorithm 1; AdamW: Loshchilov & Hutter 2019, Algorithm 2. ---
@@ -174,7 +174,7 @@ def _store(item: Item, hyper: Hyper, start: int, p: Tensor, m: Tensor | None, v:
 
 @dataclass(frozen=True)
 class AdamRule:
-    """``a8_adam_rule``, without what ``Hyper`` holds already.
+    """``a8_rule``, without what ``Hyper`` holds already.
 
     decay: of the parameter; l2: factor of the parameter added to the gradient; step_size: lr / (1 - beta1^t).
     """
@@ -199,8 +199,8 @@ def _adam(item: Item, grad: Tensor, hyper: Hyper, rule: AdamRule, start: int, st
     # With no L2 term the gradient is untouched: 0 * p is not 0 for an infinite p.
     if rule.l2 != 0.0:
         g = add(g, mul(p, rule.l2))
-    m = _decode(item.first_spec, item.first, item.first_block, start, stop)
-    v = _decode(item.second_spec, item.second, item.second_block, start, stop)
+    m = _decode(item.moments.first, item.first, item.first_block, start, stop)
+    v = _decode(item.moments.second, item.second, item.second_block, start, stop)
     if m is None or v is None:
         raise ValueError(f"{item.name}: an Adam step needs both moments, element by element")
     m = add(mul(m, hyper.beta1), mul(g, hyper.one_minus_beta1))
@@ -255,7 +255,7 @@ def _update(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The update before clipping, and the new moments that are stored element by element."""
     g = _gradient(grad, hyper, start, stop)
-    v = _decode(item.second_spec, item.second, item.second_block, start, stop)
+    v = _decode(item.moments.second, item.second, item.second_block, start, stop)
     if factors is not None:
         roots = _factored_roots(item, factors, start, stop)
     elif v is not None:
@@ -265,7 +265,7 @@ def _update(
         raise ValueError(f"{item.name}: an Adafactor step needs a second moment")
     with np.errstate(divide="ignore", over="ignore"):
         roots = roots.clamp(max=float(_ONE / np.float32(hyper.eps)))
-    m = _decode(item.first_spec, item.first, item.first_block, start, stop)
+    m = _decode(item.moments.first, item.first, item.first_block, start, stop)
     if m is None:
         return mul(g, roots), None, v
     m = add(mul(m, hyper.beta1), mul(g, hyper.one_minus_beta1))
@@ -273,7 +273,7 @@ def _update(
 
 
 def _adafactor(item: Item, grad: Tensor, hyper: Hyper) -> None:
-    factors = _update_means(item, grad, hyper) if item.second_spec.format is None else None
+    factors = _update_means(item, grad, hyper) if item.moments.factored else None
     param_squares, update_squares = constant(0.0, item.param), constant(0.0, item.param)
     for start, stop in _slices(item.param.numel()):
         if hyper.flags & Flag.SCALE_PARAMETER:

@@ -236,7 +236,7 @@ def _fill(
     if row.name.startswith("a8multi "):
         import a8multi
 
-        op = "adafactor" if "Adafactor" in row.name else "adam"
+        op = "adafactor" if "Adafactor" in row.name else "elementwise"
         row.backend = str(a8multi.backend_for(device, op=op).name)
 
 

@@ -66,7 +66,7 @@ def _adafactor(parameters: Parameters, lr: float, _seed: int, _dtype: torch.dtyp
 
 # Adafactor's steps are relative to the RMS of a weight (0.02 at the start), hence the larger number.
 OPTIMIZERS: dict[str, Choice] = {
-    "adamw8bit": Choice("adamw", 1e-3, "adam", _adamw8bit),
+    "adamw8bit": Choice("adamw", 1e-3, "elementwise", _adamw8bit),
     "adafactor8bit": Choice("adafactor", 3e-2, "adafactor", _adafactor8bit),
     "adamw": Choice("adamw8bit", 1e-3, None, _adamw),
     "adafactor": Choice("adafactor8bit", 3e-2, None, _adafactor),

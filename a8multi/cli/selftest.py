@@ -19,7 +19,7 @@ SHAPES = ((67, 130), (5000,), (9,))
 # Backends may round a code differently by one, rarely. With gradients of one magnitude (below) that moves a parameter
 # by about a hundredth of a step; a wrong formula or a misread block moves it by a whole one.
 TOLERANCE = 0.05 * LR
-OPS = {"AdamW8bit": "adam", "Adafactor8bit": "adafactor"}
+OPS = {"AdamW8bit": "elementwise", "Adafactor8bit": "adafactor"}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from a8multi.backend.base import Backend
 from a8multi.backend.registry import backend_for, use_backend
 from a8multi.loader.structs import Flag, ScheduleRule
-from a8multi.plan import MomentSpec, Schedule
+from a8multi.plan import Moments, MomentSpec, Schedule
 from a8multi.quant.formats import check_block_size
 
 from .adamw import common_flags, moment_spec
@@ -172,7 +172,7 @@ class Adafactor8bit(LowBitOptimizer):
         if group["first_moment"] not in _FIRST_FORMATS:
             raise ValueError(f"first_moment must be one of {', '.join(_FIRST_FORMATS)}, not {group['first_moment']!r}")
 
-    def _moment_specs(self, group: Group, param: Tensor) -> tuple[MomentSpec | None, MomentSpec]:
+    def _moments(self, group: Group, param: Tensor) -> Moments:
         min_numel = group["min_8bit_size"]
         first = second = None
         if group["beta1"] is not None:
@@ -183,7 +183,7 @@ class Adafactor8bit(LowBitOptimizer):
         else:
             name = "log8" if group["quantize"] else "fp32"
             second = moment_spec(name, group["block_size"], param, min_numel)
-        return first, second
+        return Moments(first, second)
 
     def _hyper(self, group: Group, dtype: torch.dtype) -> dict[str, Any]:
         beta1, beta2 = group["beta1"] or 0.0, group["beta2"] or 0.0

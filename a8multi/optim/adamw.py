@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from a8multi.loader.structs import Flag, ScheduleRule
-from a8multi.plan import MomentSpec, Schedule
+from a8multi.plan import Moments, MomentSpec, Schedule
 from a8multi.quant.formats import FORMATS, check_block_size
 
 from .base import LowBitOptimizer, check_flag, check_lr, check_number, check_seed
@@ -64,7 +64,7 @@ class AdamW8bit(LowBitOptimizer):
         >>> optimizer.step()
     """
 
-    _op = "adam"
+    _op = "elementwise"
     _format_options = ("first_moment", "second_moment", "block_size", "min_quantized_numel")
     _decay_flag: ClassVar[int] = 0
 
@@ -122,8 +122,8 @@ class AdamW8bit(LowBitOptimizer):
             if group[name] not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {group[name]!r}")
 
-    def _moment_specs(self, group: Group, param: Tensor) -> tuple[MomentSpec | None, MomentSpec]:
-        return (
+    def _moments(self, group: Group, param: Tensor) -> Moments:
+        return Moments(
             moment_spec(group["first_moment"], group["block_size"], param, group["min_quantized_numel"]),
             moment_spec(group["second_moment"], group["block_size"], param, group["min_quantized_numel"]),
         )

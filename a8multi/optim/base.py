@@ -1,6 +1,6 @@
 """What every optimizer shares: from ``step()`` to one backend call a device.
 
-A subclass says how a group's options become formats (``_moment_specs``) and hyper-parameters (``_hyper``); this class
+A subclass says how a group's options become formats (``_moments``) and hyper-parameters (``_hyper``); this class
 checks the inputs, keeps the plans, calls the backend and counts the steps. State is described in optim/state.py.
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from a8multi.backend.base import Backend
 from a8multi.backend.registry import backend_for
-from a8multi.loader.structs import Flag
-from a8multi.plan import Item, MomentSpec, Schedule, StepPlan, matrix_shape
+from a8multi.loader.structs import Flag, RuleKind
+from a8multi.plan import Item, Moments, Schedule, StepPlan, matrix_shape
 from a8multi.plan.step_plan import DTYPES
 
 from . import state as state_of
@@ -28,8 +28,10 @@ from .roster import Group, Roster, Work
 class LowBitOptimizer(torch.optim.Optimizer):
     """Base of the optimizers; not for use by itself."""
 
-    # The registry's name of the operation, and the group options that decide how state is stored.
+    # The registry's name of the operation, which rule of the element-wise ones it is, and the group options that decide
+    # how state is stored.
     _op: ClassVar[str]
+    _rule: ClassVar[RuleKind] = RuleKind.ADAM
     _format_options: ClassVar[tuple[str, ...]]
 
     def __init__(self, params: Iterable[Any], defaults: Group) -> None:
@@ -42,7 +44,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         """Raise ValueError, naming the parameter, for an option that is not valid."""
         raise NotImplementedError
 
-    def _moment_specs(self, group: Group, param: Tensor) -> tuple[MomentSpec | None, MomentSpec]:
+    def _moments(self, group: Group, param: Tensor) -> Moments:
         """How the moments of this parameter are to be stored."""
         raise NotImplementedError
 
@@ -93,7 +95,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         kept: dict[int, dict[str, Any]] = {}
 
         def take(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            kept.update(state_of.checked(self, given, self._format_options, self._moment_specs))
+            kept.update(state_of.checked(self, given, self._format_options, self._moments))
             own = [group["capturable"] for group in self.param_groups]
             # Other numbers of groups are torch's to refuse.
             groups = [{**group, "capturable": mine} for group, mine in zip(given["param_groups"], own, strict=False)]
@@ -215,9 +217,9 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
     def _plan(self, work: Work, capturing: bool) -> None:
         """Make the states of all parameters, or bring them into their groups' formats, and plan the contiguous ones."""
-        formats = [self._moment_specs(group, param) for group, param in zip(work.groups, work.params, strict=True)]
+        formats = [self._moments(group, param) for group, param in zip(work.groups, work.params, strict=True)]
         wanted = zip(work.states, work.params, formats, work.groups, strict=True)
-        arguments = [(state, param, *specs, group["capturable"]) for state, param, specs, group in wanted]
+        arguments = [(state, param, moments, group["capturable"]) for state, param, moments, group in wanted]
         if capturing:
             # Made now, it would belong to the graph, and every replay would start it anew.
             for number, each in zip(work.numbers, arguments, strict=True):
@@ -235,23 +237,18 @@ class LowBitOptimizer(torch.optim.Optimizer):
         items = [self._item(work, i, work.params[i]) for i in work.contiguous(list(range(len(work.params))))]
         # A replay writes parameters without a word to the host, so nothing that it knows of their squares would hold.
         carries = self._op == "adafactor" and not any(group["capturable"] for group in work.groups)
-        work.plan = StepPlan(work.device, items, carries_squares=carries)
+        work.plan = StepPlan(work.device, items, rule=self._rule, carries_squares=carries)
 
     def _item(self, work: Work, index: int, param: Tensor) -> Item:
         owner, state, number = work.params[index], work.states[index], work.numbers[index]
-        first_spec, second_spec = self._moment_specs(work.groups[index], owner)
-        rows, cols = matrix_shape(owner.shape) if second_spec.format is None else (0, 0)
-        first, first_block, second, second_block = state_of.tensors(state, first_spec, second_spec)
+        moments = self._moments(work.groups[index], owner)
+        rows, cols = matrix_shape(owner.shape) if moments.factored else (0, 0)
         return Item(
             param=param,
             grad_dtype=work.grads[index].dtype,
             state=state,
-            first=first,
-            first_block=first_block,
-            second=second,
-            second_block=second_block,
-            first_spec=first_spec,
-            second_spec=second_spec,
+            moments=moments,
+            **state_of.tensors(state, moments),
             rows=rows,
             cols=cols,
             hyper=work.rows[index],
@@ -288,7 +285,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         """One parameter that is not contiguous, or its gradient is not. A copy of each is the only temporary."""
         param = work.params[index]
         item = self._item(work, index, param.contiguous())
-        plan = StepPlan(work.device, [item])
+        plan = StepPlan(work.device, [item], rule=self._rule)
         plan.grads = [work.grads[index].contiguous()]
         run(plan, *hypers)
         if item.param is not param:

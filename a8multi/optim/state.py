@@ -3,9 +3,11 @@
     step            steps taken: int; with ``capturable`` int64, 0-d, on the parameter's device
     exp_avg         first moment: codes of the parameter's shape (nf4: packed bytes), or float values
     exp_avg_block   its block headers, when quantised
-    exp_avg_sq      second moment, element by element: codes or float32 values
-    exp_avg_sq_block
-    row_var, col_var  second moment when factored: means of g^2 over columns and rows, float32
+    exp_avg_sq, exp_avg_sq_block        second moment, element by element
+    row_var, col_var                    or, when factored, means of g^2 over columns and rows, float32
+    exp_avg_slow, exp_avg_slow_block    third moment, element by element
+    row_conf, col_conf                  or, when factored, CAME's confidence: means over columns and rows, float32
+    update_norm     norm of the last update, float32, 0-d, where its growth is limited
 
 Here state is made, checked, loaded and converted from one format to another; nothing else knows these names.
 """
@@ -13,47 +15,60 @@ Here state is made, checked, loaded and converted from one format to another; no
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from a8multi.backend.registry import backend_for
 from a8multi.errors import StateFormatError
-from a8multi.plan import MomentSpec, matrix_shape
+from a8multi.plan import Moments, MomentSpec, matrix_shape
 from a8multi.quant.formats import FORMATS, StateFormat
 
 State = dict[str, Any]
-Specs = Callable[[dict[str, Any], Tensor], tuple[MomentSpec | None, MomentSpec]]
-
-_FIRST, _SECOND, _ROW, _COL = "exp_avg", "exp_avg_sq", "row_var", "col_var"
-_BLOCK_NAMES = {_FIRST: "exp_avg_block", _SECOND: "exp_avg_sq_block"}
+Specs = Callable[[dict[str, Any], Tensor], Moments]
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def _block_name(name: str) -> str:
-    return _BLOCK_NAMES[name]
+class _Slot(NamedTuple):
+    """Names of a moment's tensors: element by element, its headers, and its row and column means when factored."""
+
+    values: str
+    block: str
+    row: str = ""
+    col: str = ""
 
 
-def layout(
-    param: Tensor, first: MomentSpec | None, second: MomentSpec
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+_FIRST = _Slot("exp_avg", "exp_avg_block")
+_SECOND = _Slot("exp_avg_sq", "exp_avg_sq_block", "row_var", "col_var")
+_THIRD = _Slot("exp_avg_slow", "exp_avg_slow_block", "row_conf", "col_conf")
+_LIMITER = "update_norm"
+
+
+def _slots(moments: Moments) -> list[tuple[_Slot, MomentSpec]]:
+    """The moments that there are."""
+    wanted = ((_FIRST, moments.first), (_SECOND, moments.second), (_THIRD, moments.third))
+    return [(slot, spec) for slot, spec in wanted if spec is not None]
+
+
+def layout(param: Tensor, moments: Moments) -> Layout:
     """Shape and dtype of every tensor of the state in these formats."""
-    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for name, spec in ((_FIRST, first), (_SECOND, second)):
-        if spec is None:
-            continue
+    tensors: Layout = {}
+    shape = moments.shape_of(param)
+    for slot, spec in _slots(moments):
         if spec.format is None:
-            rows, cols = matrix_shape(param.shape)
-            tensors[_ROW], tensors[_COL] = ((rows,), torch.float32), ((cols,), torch.float32)
+            rows, cols = matrix_shape(shape)
+            tensors[slot.row], tensors[slot.col] = ((rows,), torch.float32), ((cols,), torch.float32)
             continue
-        tensors[name] = (spec.format.codes_shape(param.shape), spec.format.dtype)
+        tensors[slot.values] = (spec.format.codes_shape(shape), spec.format.dtype)
         if spec.format.header is not None:
-            shape = spec.format.blocks_shape(param.numel(), spec.block_size)
-            tensors[_block_name(name)] = (shape, spec.format.header)
+            tensors[slot.block] = (spec.format.blocks_shape(shape.numel(), spec.block_size), spec.format.header)
+    if moments.limiter:
+        tensors[_LIMITER] = ((), torch.float32)
     return tensors
 
 
-def _held(state: State) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _held(state: State) -> Layout:
     """As ``layout``, of the tensors that are there."""
     return {
         name: (tuple(value.shape), value.dtype)
@@ -75,55 +90,55 @@ def _counts(step: Any) -> bool:
     return isinstance(step, Tensor) and step.dtype is torch.int64 and step.ndim == 0
 
 
-def is_ready(state: State, param: Tensor, first: MomentSpec | None, second: MomentSpec, capturable: bool) -> bool:
+def is_ready(state: State, param: Tensor, moments: Moments, capturable: bool) -> bool:
     """Whether ``ensure`` would leave everything as it is."""
     step = state.get("step")
     return (
         (_counts(step) if capturable else type(step) is int)
-        and _held(state) == layout(param, first, second)
+        and _held(state) == layout(param, moments)
         and all(v.device == param.device and v.is_contiguous() for v in state.values() if isinstance(v, Tensor))
     )
 
 
-def ensure(state: State, param: Tensor, first: MomentSpec | None, second: MomentSpec, capturable: bool) -> None:
+def ensure(state: State, param: Tensor, moments: Moments, capturable: bool) -> None:
     """Make the state, or bring what is there into these formats without losing it."""
     for name, value in state.items():
         # The model was moved after a step, or the user put a view there.
         if isinstance(value, Tensor) and not (value.device == param.device and value.is_contiguous()):
             state[name] = value.to(param.device).contiguous()
-    wanted, held = layout(param, first, second), _held(state)
+    wanted, held = layout(param, moments), _held(state)
     step = _step(state.get("step", 0), param.device, capturable)
     if held == wanted:
         state["step"] = step
         return
     made: State = {"step": step}
-
-    def kept(moment: str) -> bool:
-        """Takes over a moment whose format stays: reading and storing it would round it once more."""
-        names = (moment, _block_name(moment))
-        same = moment in held and all(held.get(name) == wanted.get(name) for name in names)
-        made.update({name: state[name] for name in names if same and name in state})
-        return same
-
-    if first is not None and not kept(_FIRST):
-        _put(made, _FIRST, first, param, _read(state, _FIRST, param))
-    if second.format is not None:
-        if not kept(_SECOND):
-            _put(made, _SECOND, second, param, _read_second(state, param))
-    else:
-        made[_ROW], made[_COL] = _means(state, param)
+    for slot, spec in _slots(moments):
+        # A moment whose format stays is taken over: reading and storing it would round it once more.
+        names = [name for name in slot if name in wanted]
+        if all(held.get(name) == wanted[name] for name in names) and not (set(slot) - set(names)) & set(held):
+            made.update({name: state[name] for name in names})
+        elif spec.format is None:
+            made[slot.row], made[slot.col] = _means(state, slot, param, moments)
+        else:
+            _put(made, slot, spec, moments.shape_of(param), param.device, _read(state, slot, param, moments))
+    if moments.limiter:
+        made[_LIMITER] = state.get(_LIMITER, torch.zeros((), device=param.device))
     state.clear()
     state.update(made)
 
 
-def tensors(
-    state: State, first: MomentSpec | None, second: MomentSpec
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """The tensors of an item: first, first_block, second, second_block."""
-    of_first = (state[_FIRST], state.get(_block_name(_FIRST))) if first is not None else (None, None)
-    if second.format is None:
-        return *of_first, state[_ROW], state[_COL]
-    return *of_first, state[_SECOND], state.get(_block_name(_SECOND))
+def tensors(state: State, moments: Moments) -> dict[str, Tensor | None]:
+    """The tensors of an item by the names that it has for them."""
+    found: dict[str, Tensor | None] = {"limiter": state[_LIMITER] if moments.limiter else None}
+    for name, slot, spec in (
+        ("first", _FIRST, moments.first),
+        ("second", _SECOND, moments.second),
+        ("third", _THIRD, moments.third),
+    ):
+        factored = spec is not None and spec.format is None
+        held = (slot.row, slot.col) if factored else (slot.values, slot.block)
+        found[name], found[f"{name}_block"] = (None, None) if spec is None else (state[held[0]], state.get(held[1]))
+    return found
 
 
 def checked(
@@ -144,8 +159,8 @@ def checked(
         _require_same_options(type(optimizer).__name__, where, group, saved_group, options)
         for param, key in zip(group["params"], saved_group["params"], strict=True):
             if key in given["state"]:
-                first, second = specs(saved_group, param)
-                saved = _checked_state(given["state"][key], param, layout(param, first, second), number)
+                wanted = layout(param, specs(saved_group, param))
+                saved = _checked_state(given["state"][key], param, wanted, number)
                 if saved:
                     saved["step"] = _step(saved["step"], param.device, group["capturable"])
                 result[number] = saved
@@ -169,9 +184,7 @@ def _require_same_options(
             )
 
 
-def _checked_state(
-    saved: State, param: Tensor, wanted: dict[str, tuple[tuple[int, ...], torch.dtype]], number: int
-) -> State:
+def _checked_state(saved: State, param: Tensor, wanted: Layout, number: int) -> State:
     held = _held(saved)
     if not saved:
         return {}
@@ -185,88 +198,90 @@ def _checked_state(
     return {"step": step, **copies}
 
 
-def _words(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
+def _words(tensors: Layout) -> str:
     return ", ".join(f"{name} {dtype} {list(shape)}" for name, (shape, dtype) in tensors.items()) or "no tensors"
 
 
 # --- From one format to another. ---
 
 
-def _held_format(name: str, state: State, param: Tensor) -> tuple[StateFormat, int]:
+def _held_format(slot: _Slot, state: State, shape: torch.Size) -> tuple[StateFormat, int]:
     """The format in which a moment is held, and its block size, from its tensors alone."""
-    codes, blocks = state[name], state.get(_block_name(name))
+    codes, blocks = state[slot.values], state.get(slot.block)
     for fmt in FORMATS.values():
-        if fmt.dtype is codes.dtype and fmt.codes_shape(param.shape) == tuple(codes.shape):
+        if fmt.dtype is codes.dtype and fmt.codes_shape(shape) == tuple(codes.shape):
             if fmt.header is None and blocks is None:
                 return fmt, 0
             if fmt.header is not None and blocks is not None and fmt.header is blocks.dtype:
                 sizes = (1 << k for k in range(32))
                 held = tuple(blocks.shape)
                 for size in sizes:
-                    if fmt.blocks_shape(param.numel(), size) == held and size >= 32:
+                    if fmt.blocks_shape(shape.numel(), size) == held and size >= 32:
                         return fmt, size
-    raise _misfit(name, state, param)
+    raise _misfit(slot.values, state, shape)
 
 
-def _misfit(name: str, state: State, param: Tensor) -> StateFormatError:
+def _misfit(name: str, state: State, shape: torch.Size) -> StateFormatError:
     return StateFormatError(
-        f"{name} in the state of a parameter of shape {tuple(param.shape)} is in no format for that shape: the state "
+        f"{name} in the state of a parameter of shape {tuple(shape)} is in no format for that shape: the state "
         f"holds {_words(_held(state))}. A parameter keeps its shape once it has state; to start it anew, delete its "
         f"entry of optimizer.state"
     )
 
 
-def _factors(state: State, param: Tensor) -> tuple[Tensor, Tensor]:
+def _factors(state: State, slot: _Slot, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Row and column means that are held, if they are those of this shape."""
-    row, col = state[_ROW], state[_COL]
-    if param.ndim < 2 or (row.numel(), col.numel()) != matrix_shape(param.shape):
-        raise _misfit(_ROW, state, param)
+    row, col = state[slot.row], state[slot.col]
+    if len(shape) < 2 or (row.numel(), col.numel()) != matrix_shape(shape):
+        raise _misfit(slot.row, state, shape)
     return row, col
 
 
-def _read(state: State, name: str, param: Tensor) -> Tensor | None:
-    """A moment as float32 values of the parameter's shape; None when there is none yet."""
-    if name not in state:
+def _read(state: State, slot: _Slot, param: Tensor, moments: Moments) -> Tensor | None:
+    """A moment as float32 values, element by element; None when there is none yet.
+
+    From row and column means if need be: v = row * col / mean(row).
+    """
+    shape = moments.shape_of(param)
+    if slot.row and slot.row in state:
+        row, col = _factors(state, slot, shape)
+        mean = row.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        return torch.outer(row / mean, col).reshape(shape)
+    if slot.values not in state:
         return None
-    fmt, block_size = _held_format(name, state, param)
+    fmt, block_size = _held_format(slot, state, shape)
     if not fmt.quantized:
-        values: Tensor = state[name].float()
+        values: Tensor = state[slot.values].float()
         return values
-    values = torch.empty(param.shape, dtype=torch.float32, device=param.device)
-    backend_for(param.device, "codec").dequantize(state[name], state[_block_name(name)], values, fmt, block_size)
+    values = torch.empty(shape, dtype=torch.float32, device=param.device)
+    backend_for(param.device, "codec").dequantize(state[slot.values], state[slot.block], values, fmt, block_size)
     return values
 
 
-def _read_second(state: State, param: Tensor) -> Tensor | None:
-    """The second moment element by element, from row and column means if need be: v = row * col / mean(row)."""
-    if _ROW not in state:
-        return _read(state, _SECOND, param)
-    row, col = _factors(state, param)
-    mean = row.mean().clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.outer(row / mean, col).reshape(param.shape)
-
-
-def _means(state: State, param: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column means of the second moment."""
-    if _ROW in state:
-        return _factors(state, param)
-    rows, cols = matrix_shape(param.shape)
-    values = _read(state, _SECOND, param)
+def _means(state: State, slot: _Slot, param: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Row and column means of a moment; zeros when there is none yet."""
+    shape = moments.shape_of(param)
+    if slot.row in state:
+        return _factors(state, slot, shape)
+    rows, cols = matrix_shape(shape)
+    values = _read(state, slot, param, moments)
     if values is None:
         return torch.zeros(rows, device=param.device), torch.zeros(cols, device=param.device)
     matrix = values.reshape(rows, cols)
     return matrix.mean(dim=1), matrix.mean(dim=0)
 
 
-def _put(state: State, name: str, spec: MomentSpec, param: Tensor, values: Tensor | None) -> None:
+def _put(
+    state: State, slot: _Slot, spec: MomentSpec, shape: torch.Size, device: torch.device, values: Tensor | None
+) -> None:
     """Store a moment; None: zeros."""
     fmt = spec.format
     assert fmt is not None
-    codes, blocks = fmt.allocate(param.shape, spec.block_size, param.device)
+    codes, blocks = fmt.allocate(shape, spec.block_size, device)
     if values is not None and blocks is not None:
-        backend_for(param.device, "codec").quantize(values, codes, blocks, fmt, spec.block_size, False, 0)
+        backend_for(device, "codec").quantize(values, codes, blocks, fmt, spec.block_size, False, 0)
     elif values is not None:
         codes.copy_(values)
-    state[name] = codes
+    state[slot.values] = codes
     if blocks is not None:
-        state[_block_name(name)] = blocks
+        state[slot.block] = blocks

@@ -39,6 +39,30 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     return min(splits, key=sum)
 
 
+@dataclass(frozen=True)
+class Moments:
+    """What is kept of one parameter between steps: the format of each moment, None where there is none.
+
+    Attributes:
+        first, second, third: moments; ``native/include/a8/abi.h`` (a8_tensor) says what each rule keeps in which.
+        limiter: whether the norm of the last update is kept, to limit its growth.
+        shape: of the moments, where it is not the parameter's (a projected gradient's).
+    """
+
+    first: MomentSpec | None = None
+    second: MomentSpec | None = None
+    third: MomentSpec | None = None
+    limiter: bool = False
+    shape: torch.Size | None = None
+
+    def shape_of(self, param: Tensor) -> torch.Size:
+        return param.shape if self.shape is None else self.shape
+
+    @property
+    def factored(self) -> bool:
+        return self.second is not None and self.second.format is None
+
+
 @dataclass(eq=False)
 class Item:
     """One parameter with its state, all contiguous and on one device: what a kernel works on.
@@ -47,9 +71,11 @@ class Item:
         param: float32, bfloat16 or float16.
         grad_dtype: of its gradients, one of these types too. The gradients themselves are the plan's for one step.
         state: the optimizer's state dictionary of this parameter, which owns the tensors below.
+        moments: their formats.
         first, first_block: codes and headers of the first moment; None without one.
         second, second_block: codes and headers of the second moment, or its row and column means when factored.
-        first_spec, second_spec: their formats; first_spec None: no first moment.
+        third, third_block: of the third, likewise.
+        limiter: norm of the last update, float32 0-d; None: it is not limited.
         rows, cols: of the matrix when factored, else 0.
         hyper: row of the hyper-parameter table.
         noise_id: number of the parameter in the optimizer, which seeds its noise.
@@ -59,12 +85,14 @@ class Item:
     param: Tensor
     grad_dtype: torch.dtype
     state: dict[str, Any]
+    moments: Moments
     first: Tensor | None
     first_block: Tensor | None
-    second: Tensor
+    second: Tensor | None
     second_block: Tensor | None
-    first_spec: MomentSpec | None
-    second_spec: MomentSpec
+    third: Tensor | None
+    third_block: Tensor | None
+    limiter: Tensor | None
     rows: int
     cols: int
     hyper: int

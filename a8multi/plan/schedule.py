@@ -33,23 +33,38 @@ class Schedule:
         rules: which fields follow from the step, and how.
         beta1, beta2: decays, 0 without one; beta2 is not read when it decays.
         beta2_decay: <= 0.
+        beta3, mix: AdEMAMix's decay and weight of the slow average, which they reach after ``beta3_steps`` and
+            ``mix_steps``.
+        decay: of the learning rate (LR_DECAYS), or SGD's dampening (FIRST_WHOLE).
     """
 
     rules: ScheduleRule
     beta1: float = 0.0
     beta2: float = 0.0
     beta2_decay: float = 0.0
+    beta3: float = 0.0
+    mix: float = 0.0
+    mix_steps: float = 0.0
+    beta3_steps: float = 0.0
+    decay: float = 0.0
 
     def derived(self, step: int) -> dict[str, float]:
         """Fields of ``a8_hyper`` at a step, counted from 1, in double precision."""
         fields: dict[str, float] = {"step": step & 0xFFFFFFFF}
         first = 1.0 / (1.0 - _power(self.beta1, step))
         root = math.sqrt(1.0 - _power(self.beta2, step))
+        if self.rules & ScheduleRule.FIRST_WHOLE:
+            fields["one_minus_beta1"] = 1.0 if step == 1 else 1.0 - self.decay
+        if self.rules & (ScheduleRule.MIX_WARMS_UP | ScheduleRule.BETA3_WARMS_UP):
+            fields.update(self._slow(step))
         if self.rules & ScheduleRule.BETA2_DECAYS:
             one_minus_beta2 = decay(step, self.beta2_decay)
             fields.update(beta2=1.0 - one_minus_beta2, one_minus_beta2=one_minus_beta2)
-        if self.rules & ScheduleRule.ADAM_BIAS:
-            fields.update(bias1=first, bias2=1.0 / root)
+        if self.rules & (ScheduleRule.ADAM_BIAS | ScheduleRule.UNBIASED):
+            unbiased = bool(self.rules & ScheduleRule.UNBIASED)
+            fields.update(bias1=1.0 if unbiased else first, bias2=1.0 if unbiased else 1.0 / root)
+            if self.rules & ScheduleRule.LR_DECAYS:
+                fields["bias1"] = 1.0 / (1.0 + (step - 1) * self.decay)
             return fields
         if self.rules & ScheduleRule.BETA2_DECAYS:
             root = 1.0
@@ -57,9 +72,26 @@ class Schedule:
         fields["bias2"] = 1.0 / math.sqrt(step) if self.rules & ScheduleRule.RELATIVE_STEP else _FLOAT_MAX
         return fields
 
+    def _slow(self, step: int) -> dict[str, float]:
+        """Of the slow average. beta3 grows so that 1 / log(beta3) goes evenly from that of beta1 to its own."""
+        mix, beta3 = self.mix, self.beta3
+        if self.rules & ScheduleRule.MIX_WARMS_UP and step < self.mix_steps:
+            mix = mix * step / self.mix_steps
+        if self.rules & ScheduleRule.BETA3_WARMS_UP and step < self.beta3_steps:
+            first, last = half_life(self.beta1), half_life(self.beta3)
+            half = first + (last - first) * (step / self.beta3_steps)
+            beta3 = _exp2_product(-1.0 / half, 1.0, 0.0) if half > 0.0 else 0.0
+        return {"mix": mix, "beta3": beta3, "one_minus_beta3": 1.0 - beta3}
+
     def record(self) -> tuple[Any, ...]:
-        """As ``SCHEDULE``, without a counter."""
-        return 0, self.beta1, self.beta2, self.beta2_decay, int(self.rules), 0
+        """As ``SCHEDULE``, without a counter and a flag that skips."""
+        slow = self.mix, self.mix_steps, self.beta3_steps, half_life(self.beta1), half_life(self.beta3)
+        return 0, 0, self.beta1, self.beta2, self.beta3, self.beta2_decay, *slow, self.decay, int(self.rules), 0
+
+
+def half_life(beta: float) -> float:
+    """Steps in which an average loses half of what it held."""
+    return math.log(0.5) / math.log(beta) if 0.0 < beta < 1.0 else 0.0
 
 
 def _power(x: float, n: int) -> float:

@@ -29,20 +29,34 @@ DTYPES = {
 }
 
 
+def has_norm(rule: structs.RuleKind) -> bool:
+    """``a8_rule_has_norm``: whether the step needs sums over the tensor first, and so the scratch."""
+    return rule in (structs.RuleKind.LAMB, structs.RuleKind.LARS)
+
+
 class StepPlan:
     """All items of one step on one device.
 
     Attributes:
         device: of every tensor.
         items: the parameters, in the optimizer's order.
+        rule: what an element-wise step does; Adafactor's steps do not look at it.
         grads: their gradients while a step runs, else empty: a plan must not keep gradients alive.
         edition: a number that grows whenever ``tensors`` changes.
         device_tables: for the backend that copies the tables below to the device: what it keeps of them.
         squares: which sums in the scratch still hold; None: steps of this plan leave none.
     """
 
-    def __init__(self, device: torch.device, items: Sequence[Item], *, carries_squares: bool = False) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        items: Sequence[Item],
+        *,
+        rule: structs.RuleKind = structs.RuleKind.ADAM,
+        carries_squares: bool = False,
+    ) -> None:
         self.device = device
+        self.rule = rule
         self.items = list(items)
         self.grads: list[Tensor] = []
         self.edition = 0
@@ -64,20 +78,25 @@ class StepPlan:
         table["hyper"] = [item.hyper for item in items]
         table["param_dtype"] = [DTYPES[item.param.dtype] for item in items]
         table["grad_dtype"] = [DTYPES[item.grad_dtype] for item in items]
-        _fill_moment(table, "first", [(item.first_spec, item.first, item.first_block) for item in items])
-        _fill_moment(table, "second", [(item.second_spec, item.second, item.second_block) for item in items])
+        _fill_moment(table, "first", [(item.moments.first, item.first, item.first_block) for item in items])
+        _fill_moment(table, "second", [(item.moments.second, item.second, item.second_block) for item in items])
+        _fill_moment(table, "third", [(item.moments.third, item.third, item.third_block) for item in items])
+        table["limiter"] = [item.limiter.data_ptr() if item.limiter is not None else 0 for item in items]
         table["chunks"] = -(-table["numel"] // sizes["A8_CHUNK"])
         row_tiles = -(-table["rows"] // sizes["A8_TILE_ROWS"])
         col_tiles = -(-table["cols"] // sizes["A8_TILE_COLS"])
         table["tiles"] = row_tiles * col_tiles
         table["chunk_at"] = _starts(table["chunks"])
         table["tile_at"] = _starts(table["tiles"])
-        # Scratch: partial row sums, partial column sums, then two totals, and two sums and a fingerprint a chunk.
-        row_floats, col_floats = col_tiles * table["rows"], row_tiles * table["cols"]
-        sum_floats = 2 + 3 * table["chunks"].astype(np.int64)
-        table["row_at"] = _starts(row_floats + col_floats + sum_floats)
+        # Scratch: partial row sums, partial column sums, both again for the confidence, then the totals, and two sums
+        # and a fingerprint a chunk. Each begins at a multiple of 16 bytes, which the GPU's wide loads need.
+        row_floats, col_floats = _padded(col_tiles * table["rows"]), _padded(row_tiles * table["cols"])
+        residual_floats = np.where(table["third_format"] == structs.Format.FACTORED, row_floats + col_floats, 0)
+        sum_floats = _padded(sizes["A8_TOTALS"] + 3 * table["chunks"].astype(np.int64))
+        table["row_at"] = _starts(row_floats + col_floats + residual_floats + sum_floats)
         table["col_at"] = table["row_at"] + row_floats
-        table["sum_at"] = table["col_at"] + col_floats
+        table["residual_at"] = table["col_at"] + col_floats
+        table["sum_at"] = table["residual_at"] + residual_floats
         return table
 
     @cached_property
@@ -88,10 +107,21 @@ class StepPlan:
     def tiles(self) -> np.ndarray:
         return _units(self.tensors["tiles"])
 
+    @cached_property
+    def phases(self) -> structs.Phase:
+        """The phases of an Adafactor step that have something to do."""
+        phase = structs.Phase
+        found = phase.REDUCE | phase.MOMENTS | phase.NORM | phase.APPLY
+        if any(item.moments.third is not None for item in self.items):
+            found |= phase.RESIDUAL | phase.CONFIDENCE
+        if any(item.limiter is not None for item in self.items):
+            found |= phase.LIMIT
+        return found
+
     @property
     def scratch_floats(self) -> int:
         last = self.tensors[-1]
-        return int(last["sum_at"]) + 2 + 3 * int(last["chunks"])
+        return int(last["sum_at"]) + geometry()["A8_TOTALS"] + 3 * int(last["chunks"])
 
     @cached_property
     def scratch(self) -> Tensor:
@@ -124,6 +154,10 @@ def _fill_moment(
     table[f"{name}_block_size"] = [spec.block_size if spec is not None else 0 for spec, _, _ in moments]
     table[name] = [codes.data_ptr() if codes is not None else 0 for _, codes, _ in moments]
     table[f"{name}_block"] = [blocks.data_ptr() if blocks is not None else 0 for _, _, blocks in moments]
+
+
+def _padded(floats: np.ndarray) -> np.ndarray:
+    return -(-floats // 4) * 4
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:

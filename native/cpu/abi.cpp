@@ -86,7 +86,7 @@ int32_t check_scratch(const a8_exec* exec, const a8_batch* batch, uint32_t i) {
   bool factored = t.second_format == A8_FACTORED;
   int64_t row_floats = factored ? (t.cols + A8_TILE_COLS - 1) / A8_TILE_COLS * t.rows : 0;
   int64_t col_floats = factored ? (t.rows + A8_TILE_ROWS - 1) / A8_TILE_ROWS * t.cols : 0;
-  if (!exec->scratch || !fits(t.sum_at, 2 + 3 * (int64_t)t.chunks, exec) || !fits(t.row_at, row_floats, exec) ||
+  if (!exec->scratch || !fits(t.sum_at, A8_TOTALS + 3 * (int64_t)t.chunks, exec) || !fits(t.row_at, row_floats, exec) ||
       !fits(t.col_at, col_floats, exec))
     return fail(A8_ERROR_ARGUMENT, "tensor %u: its partial sums are outside the scratch of %lld bytes", i,
                 (long long)exec->scratch_bytes);
@@ -136,7 +136,7 @@ int32_t run_codec(a8_exec* exec, const a8_codec* codec, bool quantize) {
   if (chunks > 0xffffffffLL) return fail(A8_ERROR_UNSUPPORTED, "numel %lld is too large", (long long)codec->numel);
   const a8_kernels* kernels = choose(exec);
   if (!kernels) return no_such_isa(exec);
-  a8_job job = {nullptr, codec, nullptr};
+  a8_job job = {nullptr, codec, nullptr, nullptr, nullptr};
   a8_parallel(threads_of(exec), 0, (uint32_t)chunks, quantize ? kernels->quantize : kernels->dequantize, &job);
   return A8_OK;
 }
@@ -145,7 +145,7 @@ int32_t run_codec(a8_exec* exec, const a8_codec* codec, bool quantize) {
 
 A8_EXPORT int32_t a8_get_info(a8_info* info) {
   return guarded([&] {
-    if (int32_t status = fill_info(info, "cpu", A8_OP_CODEC | A8_OP_ADAM | A8_OP_ADAFACTOR)) return status;
+    if (int32_t status = fill_info(info, "cpu", A8_OP_CODEC | A8_OP_ELEMENTWISE | A8_OP_ADAFACTOR)) return status;
     info->isa_built = a8_isa_built();
     info->isa_usable = a8_isa_usable();
     info->isa_best = a8_isa_best();
@@ -167,20 +167,33 @@ A8_EXPORT int32_t a8_derive(a8_exec* exec, const a8_schedule* from, a8_hyper* to
     exec->isa_ran = 0;
     for (uint32_t i = 0; i < count; ++i) {
       if (!from[i].step) continue;
-      *from[i].step += advance;
+      if (!from[i].skip || *from[i].skip == 0.0f) *from[i].step += advance;
       a8_derive_row(&from[i], *from[i].step, &to[i]);
     }
     return (int32_t)A8_OK;
   });
 }
 
-A8_EXPORT int32_t a8_adam(a8_exec* exec, const a8_batch* batch) {
+A8_EXPORT int32_t a8_screen(a8_exec* exec, const a8_batch* batch, const float* scale, float* found) {
   return guarded([&] {
+    if (!found) return fail(A8_ERROR_ARGUMENT, "found is null");
     if (int32_t status = check_batch(exec, batch, false)) return status;
     const a8_kernels* kernels = choose(exec);
     if (!kernels) return no_such_isa(exec);
-    a8_job job = {batch, nullptr, nullptr};
-    a8_parallel(threads_of(exec), 0, batch->chunk_count, kernels->adam, &job);
+    a8_job job = {batch, nullptr, nullptr, scale, found};
+    a8_parallel(threads_of(exec), 0, batch->chunk_count, kernels->screen, &job);
+    return (int32_t)A8_OK;
+  });
+}
+
+A8_EXPORT int32_t a8_elementwise(a8_exec* exec, const a8_batch* batch, uint32_t phases) {
+  return guarded([&] {
+    if (phases & ~(uint32_t)A8_ALL_PHASES) return fail(A8_ERROR_ARGUMENT, "phases 0x%x", phases);
+    if (int32_t status = check_batch(exec, batch, false)) return status;
+    const a8_kernels* kernels = choose(exec);
+    if (!kernels) return no_such_isa(exec);
+    a8_job job = {batch, nullptr, static_cast<float*>(exec->scratch), nullptr, nullptr};
+    a8_parallel(threads_of(exec), 0, batch->chunk_count, kernels->elementwise, &job);
     return (int32_t)A8_OK;
   });
 }
@@ -191,7 +204,7 @@ A8_EXPORT int32_t a8_adafactor(a8_exec* exec, const a8_batch* batch, uint32_t ph
     if (int32_t status = check_batch(exec, batch, true)) return status;
     const a8_kernels* kernels = choose(exec);
     if (!kernels) return no_such_isa(exec);
-    a8_job job = {batch, nullptr, static_cast<float*>(exec->scratch)};
+    a8_job job = {batch, nullptr, static_cast<float*>(exec->scratch), nullptr, nullptr};
     a8_run_adafactor(kernels, threads_of(exec), &job, phases);
     return (int32_t)A8_OK;
   });

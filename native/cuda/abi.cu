@@ -147,7 +147,7 @@ cudaError_t launch_adafactor(const a8_batch& batch, float* scratch, uint32_t pha
 
 A8_EXPORT int32_t a8_get_info(a8_info* info) {
   a8_message[0] = 0;
-  if (int32_t status = fill_info(info, "cuda", A8_OP_CODEC | A8_OP_ADAM | A8_OP_ADAFACTOR)) return status;
+  if (int32_t status = fill_info(info, "cuda", A8_OP_CODEC | A8_OP_ELEMENTWISE | A8_OP_ADAFACTOR)) return status;
   info->toolkit = CUDART_VERSION;
   snprintf(info->architectures, sizeof info->architectures, "%s", A8_ARCHITECTURES);
   return A8_OK;

@@ -45,7 +45,7 @@ FAULTS = {
     "missing": Fault(("no such file", "A8_CUDA=ON")),
     "not an ELF": Fault(("cannot be opened as a library",), text="this is text"),
     "wrong ABI": Fault(("the ABI version is 7 in this library",), ("STUB_ABI_VERSION=7",)),
-    "missing symbol": Fault(("symbol a8_adam is missing",), ("STUB_NO_ADAM",)),
+    "missing symbol": Fault(("symbol a8_elementwise is missing",), ("STUB_NO_ELEMENTWISE",)),
     "other architectures": Fault(
         ("built for sm_75 sm_90", "compute capability 8.6", "A8_CUDA_ARCHITECTURES=86"), (), capability=(8, 6)
     ),
@@ -134,7 +134,7 @@ def test_automatic_choice_falls_back_and_says_why(
     assert_reason(report.reason, path, fault)
     assert_reason(a8multi.explain(), path, fault)
     assert f"adam on cuda:0: {expected}" in a8multi.explain()
-    assert f"; cuda: {path}" in why("cuda:0", {"adam": expected}, registry.backends("cuda:0"))
+    assert f"; cuda: {path}" in why("cuda:0", {"elementwise": expected}, registry.backends("cuda:0"))
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -145,7 +145,7 @@ def test_a_forced_choice_raises_the_same_reason(
     machine(fault.capability, driver=fault.driver, nvrtc=(12, 4))
     path = install(fault)
     monkeypatch.setenv("A8MULTI_BACKEND", "cuda")
-    for op in ("adam", "adafactor", "codec", "adam"):
+    for op in ("elementwise", "adafactor", "codec", "elementwise"):
         with pytest.raises(a8multi.BackendUnavailable, match="What to do") as caught:
             a8multi.backend_for("cuda:0", op)
         assert_reason(str(caught.value), path, fault)
@@ -200,8 +200,8 @@ def test_each_device_gets_the_backend_that_fits_it(
     text = a8multi.explain()
     assert "adam on cuda:0: cuda" in text
     assert "adam on cuda:1: cupy\n    not cuda: " in text
-    assert "cuda:1 (Stub GPU) has" in why("cuda:1", {"adam": "cupy"}, registry.backends("cuda:1"))
-    assert "has compute capability" not in why("cuda:0", {"adam": "cuda"}, registry.backends("cuda:0"))
+    assert "cuda:1 (Stub GPU) has" in why("cuda:1", {"elementwise": "cupy"}, registry.backends("cuda:1"))
+    assert "has compute capability" not in why("cuda:0", {"elementwise": "cuda"}, registry.backends("cuda:0"))
     # Without a number it is the current one, which changes.
     for capability, expected in (((9, 0), "cuda"), ((8, 6), "cupy"), ((9, 0), "cuda")):
         monkeypatch.setattr(devices, "describe", lambda device, capability=capability: ("Stub GPU", capability))

@@ -35,7 +35,7 @@ def test_json_is_one_complete_document(command: Command) -> None:
     cpu = report["devices"][0]
     assert cpu["name"] == "cpu"
     assert cpu["why"]
-    assert cpu["backends"] == {op: a8multi.backend_for(torch.device("cpu"), op=op).name for op in ("adam", "adafactor")}
+    assert cpu["backends"] == {op: a8multi.backend_for(torch.device("cpu"), op=op).name for op in ("elementwise", "adafactor")}
     assert [test["optimizer"] for test in cpu["self_tests"]] == ["AdamW8bit", "Adafactor8bit"]
     for test in cpu["self_tests"]:
         assert test["passed"] is True
@@ -54,24 +54,24 @@ def test_text_names_everything(command: Command) -> None:
 def test_forced_backend_is_the_reason(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A8MULTI_BACKEND", "torch")
     cpu = json.loads(command("info", "--json").out)["devices"][0]
-    assert cpu["backends"] == {"adam": "torch", "adafactor": "torch"}
+    assert cpu["backends"] == {"elementwise": "torch", "adafactor": "torch"}
     assert "A8MULTI_BACKEND" in cpu["why"]
 
 
 def test_why_names_what_the_preferred_backends_lack(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("A8MULTI_BACKEND", raising=False)
     reports = [
-        BackendReport("cuda", True, ops=("adam",), devices=("cuda",)),
+        BackendReport("cuda", True, ops=("elementwise",), devices=("cuda",)),
         BackendReport("cupy", False, "CuPy is not installed\nand more", devices=("cuda",)),
-        BackendReport("cpu", True, ops=("adam", "adafactor"), devices=("cpu",)),
-        BackendReport("torch", True, ops=("adam", "adafactor")),
+        BackendReport("cpu", True, ops=("elementwise", "adafactor"), devices=("cpu",)),
+        BackendReport("torch", True, ops=("elementwise", "adafactor")),
     ]
-    assert why("cuda:1", {"adam": "cuda", "adafactor": "torch"}, reports) == (
+    assert why("cuda:1", {"elementwise": "cuda", "adafactor": "torch"}, reports) == (
         "automatic choice, the first of cuda, cupy, torch that can run; "
         "cuda: does not offer adafactor; cupy: CuPy is not installed"
     )
-    assert why("cpu", {"adam": "cpu", "adafactor": "cpu"}, reports).endswith("the first of cpu, torch that can run")
-    assert why("mps", {"adam": "torch"}, reports).endswith("the first of torch that can run")
+    assert why("cpu", {"elementwise": "cpu", "adafactor": "cpu"}, reports).endswith("the first of cpu, torch that can run")
+    assert why("mps", {"elementwise": "torch"}, reports).endswith("the first of torch that can run")
 
 
 @pytest.mark.parametrize("fault", ["wrong", "idle", "nan", "raises"])

@@ -13,7 +13,7 @@ EXAMPLES = [
         "p/lib.so", "cannot be read", "make it readable", [errors.Attempt("p/lib.so", "cannot be read")]
     ),
     errors.LibraryNotFound("p/lib.so", "no such file"),
-    errors.LibraryIncompatible("p/lib.so", "symbol a8_adam is missing", "rebuild"),
+    errors.LibraryIncompatible("p/lib.so", "symbol a8_elementwise is missing", "rebuild"),
     errors.NativeError(Status.ERROR_ARGUMENT, "tensor 3: codes is null", "a8_quantize"),
     errors.StateFormatError("int8 state in an nf4 optimizer"),
     errors.SettingError("A8MULTI_LOG", "loud", "INFO or DEBUG"),

@@ -50,8 +50,8 @@ def test_load(build: Build, use: Use) -> None:
     assert found.info == library.LibraryInfo(
         backend="cpu",
         version="9.8.7",
-        abi_version=1,
-        ops=structs.Op.CODEC | structs.Op.ADAM | structs.Op.ADAFACTOR,
+        abi_version=structs.ABI_VERSION,
+        ops=structs.Op.CODEC | structs.Op.ELEMENTWISE | structs.Op.ADAFACTOR,
         isa_built=("baseline", "avx2", "avx512"),
         isa_usable=("baseline", "avx2"),
         isa_best="avx2",
@@ -124,15 +124,15 @@ def test_failing_entry_raises_with_the_librarys_words(build: Build, use: Use) ->
 
 def test_unknown_status_without_message(build: Build, use: Use) -> None:
     use(build("native"))
-    with pytest.raises(NativeError, match="a8_adam failed with status 77: the library gave no message"):
-        library.load("cpu").call("a8_adam", None, None)
+    with pytest.raises(NativeError, match="a8_elementwise failed with status 77: the library gave no message"):
+        library.load("cpu").call("a8_elementwise", None, None, 0)
 
 
 def test_an_entry_need_not_exist_when_its_op_is_not_promised(build: Build, use: Use) -> None:
-    path = build("native", "STUB_NO_ADAFACTOR", "STUB_OPS=(A8_OP_CODEC|A8_OP_ADAM)")
+    path = build("native", "STUB_NO_ADAFACTOR", "STUB_OPS=(A8_OP_CODEC|A8_OP_ELEMENTWISE)")
     use(path)
     found = library.load("cpu")
-    assert callable(found.a8_adam)
+    assert callable(found.a8_elementwise)
     assert not hasattr(found, "a8_adafactor")
     with pytest.raises(BackendUnavailable, match=r"does not provide a8_adafactor.*A8MULTI_BACKEND") as caught:
         found.call("a8_adafactor", None, None, 0)
@@ -141,7 +141,7 @@ def test_an_entry_need_not_exist_when_its_op_is_not_promised(build: Build, use: 
 
 def test_an_entry_whose_op_is_not_promised_is_not_bound(build: Build, use: Use) -> None:
     use(build("native", "STUB_OPS=A8_OP_CODEC"))
-    assert not hasattr(library.load("cpu"), "a8_adam")
+    assert not hasattr(library.load("cpu"), "a8_elementwise")
 
 
 # --- Where it is looked for ---
@@ -266,11 +266,11 @@ def test_file_without_permission(build: Build, use: Use, tmp_path: Path) -> None
 
 def test_wrong_abi_version(build: Build, use: Use) -> None:
     error = refused(build("native", "STUB_ABI_VERSION=7"), use, LibraryIncompatible)
-    assert error.reason == "the ABI version is 7 in this library, but 1 in this package"
+    assert error.reason == f"the ABI version is 7 in this library, but {structs.ABI_VERSION} in this package"
 
 
 def test_a_longer_info_of_another_version_does_no_harm(build: Build, use: Use) -> None:
-    path = build("native", "STUB_ABI_VERSION=7", "STUB_INFO_BYTES=2048", "STUB_NO_ADAM")
+    path = build("native", "STUB_ABI_VERSION=7", "STUB_INFO_BYTES=2048", "STUB_NO_ELEMENTWISE")
     assert "the ABI version is 7" in refused(path, use, LibraryIncompatible).reason
 
 
@@ -291,7 +291,7 @@ def test_library_of_another_backend(build: Build, use: Use) -> None:
     assert error.reason == "the backend is cpu in this library, but cuda in this package"
 
 
-@pytest.mark.parametrize(("define", "symbol"), [("STUB_NO_GET_INFO", "a8_get_info"), ("STUB_NO_ADAM", "a8_adam")])
+@pytest.mark.parametrize(("define", "symbol"), [("STUB_NO_GET_INFO", "a8_get_info"), ("STUB_NO_ELEMENTWISE", "a8_elementwise")])
 def test_missing_symbol(define: str, symbol: str, build: Build, use: Use) -> None:
     error = refused(build("native", define), use, LibraryIncompatible)
     assert f"symbol {symbol} is missing" in error.reason
@@ -308,7 +308,7 @@ def test_every_failure_says_what_to_do(build: Build, use: Use, package: Use, tmp
     text.parent.mkdir()
     text.write_text("text", encoding="utf-8")
     directory.mkdir(parents=True)
-    broken = [build("native", define) for define in ("STUB_ABI_VERSION=7", "STUB_NO_ADAM", "STUB_INFO_STATUS=1")]
+    broken = [build("native", define) for define in ("STUB_ABI_VERSION=7", "STUB_NO_ELEMENTWISE", "STUB_INFO_STATUS=1")]
     for entry in (text, directory.parent, *broken, tmp_path / "nowhere"):
         use(entry)
         with pytest.raises(A8MultiError) as caught:

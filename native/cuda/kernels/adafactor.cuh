@@ -127,9 +127,9 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS) a8_adafactor_totals_ker
   __shared__ float room[A8_LANES];
   const a8_tensor* t = batch.tensors + blockIdx.x;
   float* sums = scratch + t->sum_at;
-  float param_squares = a8_sum_block(sums + 2, t->chunks, room);
-  float update_squares = a8_sum_block(sums + 2 + t->chunks, t->chunks, room);
-  if (threadIdx.x == 0) sums[0] = param_squares, sums[1] = update_squares;
+  float param_squares = a8_sum_block(sums + A8_TOTALS, t->chunks, room);
+  float update_squares = a8_sum_block(sums + A8_TOTALS + t->chunks, t->chunks, room);
+  if (threadIdx.x == 0) sums[0] = param_squares, sums[1] = update_squares, sums[2] = 1.0f;
 }
 
 // Updates A8_WARPS chunks, from number `first` on, by a block of threads.

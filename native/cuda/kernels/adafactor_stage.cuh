@@ -25,13 +25,13 @@ struct a8_stages {
   char* arena;  // of the warp
   uint32_t at;  // of the stage whose turn it is
 
-  A8_METHOD void turn() {
+  A8_MEMBER void turn() {
     at += kBytes;
     at = at == kCount * kBytes ? 0u : at;
   }
 
   template <int kValueBytes>
-  A8_METHOD void load_values(int row, const char* from, bool exists) {
+  A8_MEMBER void load_values(int row, const char* from, bool exists) {
 #pragma unroll
     for (int i = 0; i < kValueBytes / 2; ++i)
       a8_copy_or_zero<16, kValueBytes == 4>(arena + at + row + i * 16 * 32 + 16 * a8_lane(), from + 16 * i, exists);
@@ -39,7 +39,7 @@ struct a8_stages {
 
   // Starts the copies of the lane's eight at element e of the chunk; beyond its end they read as zeros. of_param: all of
   // them; else the gradient and the second moment alone.
-  A8_METHOD void load(const a8_lane_place& place, uint32_t e, bool of_param) {
+  A8_MEMBER void load(const a8_lane_place& place, uint32_t e, bool of_param) {
     bool exists = e < place.count;
     load_values<kGradBytes>(0, place.grad + (uint64_t)e * kGradBytes, exists);
     if (kParamBytes && of_param) load_values<kParamBytes>(kParamAt, place.param + (uint64_t)e * kParamBytes, exists);
@@ -60,7 +60,7 @@ struct a8_stages {
   }
 
   template <uint32_t kDtype>
-  A8_METHOD void read_values(int row, a8_eight<kDtype>* x) const {
+  A8_MEMBER void read_values(int row, a8_eight<kDtype>* x) const {
 #pragma unroll
     for (int i = 0; i < a8_eight<kDtype>::kWords; i += 4) {
       uint4 y = *reinterpret_cast<const uint4*>(arena + at + row + i * 4 * 32 + 16 * a8_lane());
@@ -68,18 +68,18 @@ struct a8_stages {
     }
   }
 
-  A8_METHOD void read_first(a8_first_eight* x) const {
+  A8_MEMBER void read_first(a8_first_eight* x) const {
     uint2 codes = *reinterpret_cast<const uint2*>(arena + at + kFirstAt + 8 * a8_lane());
     x->codes[0] = codes.x, x->codes[1] = codes.y;
     x->scale = *reinterpret_cast<const float*>(arena + at + kScaleAt + 4 * a8_lane());
   }
 
-  A8_METHOD void read_second(uint32_t* codes) const {
+  A8_MEMBER void read_second(uint32_t* codes) const {
     uint2 x = *reinterpret_cast<const uint2*>(arena + at + kSecondAt + 8 * a8_lane());
     codes[0] = x.x, codes[1] = x.y;
   }
 
-  A8_METHOD a8_log8_header read_header() const {
+  A8_MEMBER a8_log8_header read_header() const {
     return a8_log8_unpack(*reinterpret_cast<const uint32_t*>(arena + at + kHeaderAt + 4 * a8_lane()));
   }
 };

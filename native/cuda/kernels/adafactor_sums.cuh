@@ -128,7 +128,7 @@ A8_FN a8_factor_job a8_factor_job_of(const a8_batch& batch, float* scratch, a8_c
   job.scratch = scratch;
   job.row_factor = scratch + job.tensor->row_at;
   job.col_factor = scratch + job.tensor->col_at;
-  job.sums = scratch + job.tensor->sum_at + 2 + unit.part;
+  job.sums = scratch + job.tensor->sum_at + A8_TOTALS + unit.part;
   job.from = (int64_t)unit.part * A8_CHUNK;
   job.count = (uint32_t)min((long long)(job.tensor->numel - job.from), (long long)A8_CHUNK);
   job.bound = a8_div(1.0f, job.hyper.eps);
@@ -182,7 +182,7 @@ A8_FN a8_factor_write a8_factor_write_of(const a8_factor_job& job) {
   const float* totals = job.sums - 2 - job.from / A8_CHUNK;
   a8_factor_write write;
   float lr = h->lr_device ? *h->lr_device : h->lr;
-  write.rule = a8_adafactor_rule_of(h, lr, (float)job.tensor->numel, totals[0], totals[1]);
+  write.rule = a8_adafactor_rule_of(h, lr, (float)job.tensor->numel, totals);
   uint64_t pair = (uint64_t)job.from / 2;
   uint32_t id = job.tensor->noise_id;
   write.write = a8_noise_at(a8_noise_key(h->seed_low, h->seed_high, h->step, id), pair);

@@ -18,7 +18,7 @@ A8_FN a8_adam_job a8_adam_job_of(const a8_batch& batch, a8_chunk chunk, uint32_t
   int64_t count = job.tensor->numel - job.from;
   job.count = count < (int64_t)parts * A8_CHUNK ? (uint32_t)count : parts * A8_CHUNK;
   job.flags = h->flags;
-  job.rule = a8_adam_rule_of(h, h->lr_device ? *h->lr_device : h->lr);
+  job.rule = a8_rule_of(h, h->lr_device ? *h->lr_device : h->lr, A8_ADAM, nullptr);
   uint64_t pair = (uint64_t)chunk.part * (A8_CHUNK / 2);
   uint32_t id = job.tensor->noise_id;
   job.phase = a8_phase_at(a8_phase_key(h->seed_low, h->seed_high, h->step, id), (uint64_t)job.from);

@@ -23,7 +23,7 @@
 
 A8_FN bool a8_is_fraction(float x) { return x >= 0.0f && x <= 1.0f; }
 
-A8_FN bool a8_is_ordinary(const a8_adam_rule& r) {
+A8_FN bool a8_is_ordinary(const a8_rule& r) {
   bool step = r.step_size == 0.0f || (r.step_size >= A8_TWO_TO(-80) && r.step_size <= 0.5f);
   return step && r.eps >= A8_TWO_TO(-40) && r.eps <= A8_TWO_TO(20) && r.root_bias >= A8_TWO_TO(-10) &&
          r.root_bias <= A8_TWO_TO(10) && a8_is_fraction(r.beta1) && a8_is_fraction(r.one_minus_beta1) &&
@@ -179,7 +179,7 @@ struct a8_fast {
   // A8_STAGES strides behind. A unit that is not ordinary is only noted in `left`.
   static __device__ __forceinline__ void step(const a8_adam_job& job, const a8_fast_place& at, uint32_t pair,
                                               uint32_t unit, bool more, Stage* stage, unsigned long long* left) {
-    const a8_adam_rule& rule = job.rule;
+    const a8_rule& rule = job.rule;
     float m[8], v[8], p[8];
     uint32_t grad[2 * kGradBytes], param[2 * kParamBytes];
     read_values<kGradBytes>(stage->grad, grad);
@@ -189,7 +189,7 @@ struct a8_fast {
     uint32_t first[2] = {codes.x, codes.y}, second[2] = {codes.z, codes.w};
 #pragma unroll
     for (int i = 0; i < 8; ++i) m[i] = a8_value<kGrad>(grad, i);
-    // a8_adam_gradient. Without L2 its sign goes to the factor: g itself is only squared.
+    // a8_rule_gradient. Without L2 its sign goes to the factor: g itself is only squared.
     float one_minus_beta1 = a8_signed(rule.one_minus_beta1, rule.sign);
     if (rule.l2 != 0.0f) {
       read_values<kParamBytes>(stage->param, param);
@@ -205,7 +205,7 @@ struct a8_fast {
       float g = m[i];
       m[i] = a8_int8_decode((int32_t)(int8_t)(first[i / 4] >> (8 * (i % 4))), scale);
       m[i] = rule.beta1 * m[i] + one_minus_beta1 * g;
-      v[i] = a8_adam_second(&rule, v[i], g);
+      v[i] = a8_rule_second(&rule, v[i], g);
       // No m is NaN unless the scale or a v is not finite, which is not ordinary.
       most = fmaxf(most, fabsf(m[i]));
       // Without a8_log8_bits: no v is negative or subnormal.
@@ -231,7 +231,7 @@ struct a8_fast {
 
     float lowered_step = rule.step_size * A8_TWO_TO(-A8_LIFT);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {  // a8_adam_param
+    for (int i = 0; i < 8; ++i) {  // a8_rule_param
       float root = a8_exact_sqrt(v[i]) * rule.root_bias + rule.eps;
       float ratio = a8_exact_div(__fmul_rn(m[i], A8_TWO_TO(A8_LIFT)), root);
       p[i] = a8_value<kParam>(param, i) * rule.decay - lowered_step * ratio;

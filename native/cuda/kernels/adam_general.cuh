@@ -15,7 +15,7 @@ typedef struct a8_adam_job {
   int64_t from;    // first element
   uint32_t count;  // elements
   uint32_t flags;  // of the hyper-parameters
-  a8_adam_rule rule;
+  a8_rule rule;
   a8_noise write;  // from the first pair on
   uint32_t phase;  // of the first element
 } a8_adam_job;
@@ -43,12 +43,12 @@ A8_FN a8_adam_pair a8_adam_moments(const a8_adam_job& job, const a8_moment_room*
   x.m = a8_load_moment(t->first, t->first_format, pair, both, room->first[first_block], room->levels);
   x.v = a8_load_moment(t->second, t->second_format, pair, both, room->second[second_block], room->levels);
   if (!both) x.m.y = x.v.y = 0.0f;
-  g.x = a8_adam_gradient(&job.rule, g.x, x.p.x);
-  g.y = a8_adam_gradient(&job.rule, g.y, x.p.y);
-  x.m.x = a8_adam_first(&job.rule, x.m.x, g.x);
-  x.m.y = a8_adam_first(&job.rule, x.m.y, g.y);
-  x.v.x = a8_adam_second(&job.rule, x.v.x, g.x);
-  x.v.y = a8_adam_second(&job.rule, x.v.y, g.y);
+  g.x = a8_rule_gradient(&job.rule, g.x, x.p.x);
+  g.y = a8_rule_gradient(&job.rule, g.y, x.p.y);
+  x.m.x = a8_rule_first(&job.rule, x.m.x, g.x);
+  x.m.y = a8_rule_first(&job.rule, x.m.y, g.y);
+  x.v.x = a8_rule_second(&job.rule, x.v.x, g.x);
+  x.v.y = a8_rule_second(&job.rule, x.v.y, g.y);
   return x;
 }
 
@@ -92,7 +92,8 @@ static __device__ __noinline__ void a8_adam_general(const a8_adam_job& job, unsi
       bool noisy_write = (job.flags & A8_STOCHASTIC_WRITE) && t->param_dtype != A8_F32;
       bool noisy_state = job.flags & A8_STOCHASTIC_STATE;
       float2 p =
-          make_float2(a8_adam_param(&job.rule, x.p.x, x.m.x, x.v.x), a8_adam_param(&job.rule, x.p.y, x.m.y, x.v.y));
+          make_float2(a8_rule_param(&job.rule, x.p.x, a8_div(x.m.x, a8_rule_root(&job.rule, x.v.x))),
+                      a8_rule_param(&job.rule, x.p.y, a8_div(x.m.y, a8_rule_root(&job.rule, x.v.y))));
       a8_store_pair(t->param, t->param_dtype, pair, both, p, noisy_write,
                     noisy_write ? a8_noise_word(job.write, in_chunk) : 0u);
       a8_store_moment(t->first, t->first_format, pair, both, x.m, room->new_first[first_block], false, 0, room->levels);

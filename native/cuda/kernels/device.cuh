@@ -2,12 +2,12 @@
 // Includes no system header, so that NVRTC compiles it too. Formulas are in a8/math.h and a8/format.h.
 #pragma once
 
+#include "a8/adafactor.h"
 #include "a8/format.h"
 #include "a8/geometry.h"
+#include "a8/rules.h"
 
 #define A8_LANE_MASK 0xffffffffu
-
-#define A8_METHOD __device__ __forceinline__
 
 // Warp-wide reductions, asynchronous copies, packed conversions. Without them: shuffles, plain loads, a8/math.h.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

@@ -8,7 +8,8 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS)
     a8_derive_kernel(const a8_schedule* schedules, a8_hyper* hypers, uint32_t count, uint32_t advance) {
   uint32_t row = blockIdx.x * A8_THREADS + threadIdx.x;
   if (row >= count || !schedules[row].step) return;
-  int64_t step = *schedules[row].step + advance;
+  const float* skip = schedules[row].skip;
+  int64_t step = *schedules[row].step + (skip && *skip != 0.0f ? 0 : advance);
   *schedules[row].step = step;
   a8_derive_row(&schedules[row], step, &hypers[row]);
 }

@@ -7,7 +7,7 @@
 
 #include "types.h"
 
-#define A8_ABI_VERSION 1
+#define A8_ABI_VERSION 2
 
 enum a8_status {
   A8_OK = 0,
@@ -36,16 +36,31 @@ enum a8_format {
 enum a8_isa { A8_ISA_AUTO = 0, A8_ISA_BASELINE = 1, A8_ISA_AVX2 = 2, A8_ISA_AVX512 = 3, A8_ISA_NEON = 4 };
 
 // Bits of a8_info.ops: what this library can do.
-enum a8_op { A8_OP_CODEC = 1, A8_OP_ADAM = 2, A8_OP_ADAFACTOR = 4 };
+enum a8_op { A8_OP_CODEC = 1, A8_OP_ELEMENTWISE = 2, A8_OP_ADAFACTOR = 4 };
 
-// Bits of a8_hyper.flags.
+// a8_batch.rule: what a8_elementwise does to an element (rules.h has the formulas and their sources).
+enum a8_rule_kind {
+  A8_ADAM = 0,
+  A8_LION = 1,
+  A8_RMSPROP = 2,
+  A8_SGD = 3,
+  A8_ADAGRAD = 4,
+  A8_ADEMAMIX = 5,
+  A8_LAMB = 6,
+  A8_LARS = 7
+};
+
+// Bits of a8_hyper.flags. NESTEROV: of SGD and LARS. AVERAGE_UPDATE (Adafactor): the first moment averages the clipped update,
+// as CAME does, not the gradient.
 enum a8_flag {
   A8_MAXIMIZE = 1,
   A8_L2_DECAY = 2,
   A8_STOCHASTIC_STATE = 4,
   A8_STOCHASTIC_WRITE = 8,
   A8_SCALE_PARAMETER = 16,
-  A8_SCALE_DECAY = 32
+  A8_SCALE_DECAY = 32,
+  A8_NESTEROV = 64,
+  A8_AVERAGE_UPDATE = 128
 };
 
 // Bits of a8_tensor.flags. SQUARES_KNOWN: since the last apply phase on this scratch nobody has written the parameter, as
@@ -55,10 +70,36 @@ enum a8_tensor_flag { A8_SQUARES_KNOWN = 1 };
 // Bits of a8_schedule.rules: what of a8_hyper follows from the step, and how (schedule.h). t: the step, counted from 1.
 // ADAM_BIAS: bias1 = 1 / (1 - beta1^t), bias2 = 1 / sqrt(1 - beta2^t). BETA2_DECAYS: one_minus_beta2 = t^beta2_decay.
 // CORRECT_BIAS: bias1 = sqrt(1 - beta2^t) / (1 - beta1^t), without the root if beta2 decays. RELATIVE_STEP: bias2 = 1 / sqrt(t).
-enum a8_schedule_rule { A8_ADAM_BIAS = 1, A8_BETA2_DECAYS = 2, A8_CORRECT_BIAS = 4, A8_RELATIVE_STEP = 8 };
+// UNBIASED: bias1 = bias2 = 1. LR_DECAYS: bias1 = 1 / (1 + (t - 1) * decay). FIRST_WHOLE: one_minus_beta1 = 1 at t = 1, then
+// 1 - decay. MIX_WARMS_UP, BETA3_WARMS_UP: AdEMAMix's mix and beta3 grow to their values until t = mix_steps, beta3_steps.
+enum a8_schedule_rule {
+  A8_ADAM_BIAS = 1,
+  A8_BETA2_DECAYS = 2,
+  A8_CORRECT_BIAS = 4,
+  A8_RELATIVE_STEP = 8,
+  A8_UNBIASED = 16,
+  A8_LR_DECAYS = 32,
+  A8_FIRST_WHOLE = 64,
+  A8_MIX_WARMS_UP = 128,
+  A8_BETA3_WARMS_UP = 256
+};
 
-// Phases of an Adafactor step, in order. A caller may run them one by one, with a collective on the scratch between.
-enum a8_phase { A8_REDUCE = 1, A8_MOMENTS = 2, A8_NORM = 4, A8_APPLY = 8, A8_ALL_PHASES = 15 };
+// Phases of a step, in the order in which one call runs those asked for. A caller may run them one by one, with a collective on
+// the scratch between. Adafactor: REDUCE sums g^2 over rows and columns, MOMENTS makes the factors of 1 / sqrt(v), NORM sums p^2
+// and u^2, RESIDUAL sums CAME's (u - m)^2 over rows and columns, CONFIDENCE makes the factors of 1 / sqrt(s), LIMIT sums the
+// squares of the update as it is after that, APPLY writes. Of tensors without AVERAGE_UPDATE, RESIDUAL and CONFIDENCE come
+// before NORM, and CONFIDENCE makes the factors of 1 / sqrt(v s) in the place of those of v; LIMIT is only of those with it.
+// Element-wise rules have NORM (of those that need it) and APPLY.
+enum a8_phase {
+  A8_REDUCE = 1,
+  A8_MOMENTS = 2,
+  A8_NORM = 4,
+  A8_RESIDUAL = 8,
+  A8_CONFIDENCE = 16,
+  A8_LIMIT = 32,
+  A8_APPLY = 64,
+  A8_ALL_PHASES = 127
+};
 
 // What a library is. Filled by a8_get_info; sizes let the caller refuse a library built from another header.
 typedef struct a8_info {
@@ -97,18 +138,26 @@ typedef struct a8_exec {
 
 // Hyper-parameters of the tensors that share them (one group at one step). Derived in double by the caller, rounded once.
 // lr_device, when not null, replaces lr by a float in device memory, so that a captured graph can replay with a new one.
+// eps2 bounds RMS(p) from below, eps3 is added to CAME's squared residual; growth: 1 + margin of the norm-growth limiter; mix:
+// weight of AdEMAMix's slow average; trust: LARS's coefficient.
 typedef struct a8_hyper {
   float lr;
   float beta1;
   float beta2;
+  float beta3;
   float one_minus_beta1;
   float one_minus_beta2;
+  float one_minus_beta3;
   float eps;
   float eps2;
+  float eps3;
   float weight_decay;
   float bias1;
   float bias2;
   float clip;
+  float growth;
+  float mix;
+  float trust;
   uint32_t flags;
   uint32_t seed_low;
   uint32_t seed_high;
@@ -117,12 +166,17 @@ typedef struct a8_hyper {
   const float* lr_device;
 } a8_hyper;
 
-// One parameter with its gradient and state, all contiguous. Not used: null.
+// One parameter with its gradient and state, all contiguous. Not used: null, and format NONE.
 // first: int8 [numel], nf4 uint8 [ceil(numel / 2)], float32 or bfloat16 [numel]; first_block: float32 [blocks].
 // second: log8 uint8 [numel] with second_block int32 [blocks], or float32 [numel]; FACTORED: float32 row means [rows],
-// second_block float32 column means [cols], and partial sums at the *_at offsets (in floats) of the scratch: row sums
-// [tiles across, rows], column sums [tiles down, cols], and at sum_at the totals of p^2 and u^2, then for each chunk its sum
-// of p^2, for each its sum of u^2, for each its fingerprint (a8_fingerprint). Scratch is kept from step to step.
+// second_block float32 column means [cols].
+// third: of an element-wise rule AdEMAMix's slow average or RMSprop's average gradient, in the formats of `first`; of Adafactor
+// CAME's confidence, FACTORED like `second`.
+// limiter: float32 [1], the norm of the last update, 0 before the first; null: its growth is not limited.
+// Scratch, by offsets in floats, kept from step to step: partial row sums [tiles across, rows] at row_at and column sums
+// [tiles down, cols] at col_at; the same for the confidence at residual_at, its columns from the next multiple of 4 on; at sum_at
+// A8_TOTALS totals (geometry.h), then for each chunk its sum of p^2, for each its sum of u^2, for each its fingerprint
+// (a8_fingerprint).
 typedef struct a8_tensor {
   void* param;
   const void* grad;
@@ -130,6 +184,9 @@ typedef struct a8_tensor {
   void* first_block;
   void* second;
   void* second_block;
+  void* third;
+  void* third_block;
+  float* limiter;
   int64_t numel;
   int64_t rows;
   int64_t cols;
@@ -137,6 +194,7 @@ typedef struct a8_tensor {
   int64_t tile_at;
   int64_t row_at;
   int64_t col_at;
+  int64_t residual_at;
   int64_t sum_at;
   uint32_t chunks;
   uint32_t tiles;
@@ -144,11 +202,15 @@ typedef struct a8_tensor {
   uint32_t noise_id;
   uint32_t first_block_size;
   uint32_t second_block_size;
+  uint32_t third_block_size;
+  uint32_t flags;
   uint8_t param_dtype;
   uint8_t grad_dtype;
   uint8_t first_format;
   uint8_t second_format;
-  uint32_t flags;
+  uint8_t third_format;
+  uint8_t reserved;
+  uint16_t reserved2;
 } a8_tensor;
 
 // Unit of work: part number `part` of tensor `tensor`.
@@ -159,16 +221,19 @@ typedef struct a8_chunk {
 
 // All tensors of a step on one device. chunks: every A8_CHUNK elements of every tensor; tiles: every
 // A8_TILE_ROWS x A8_TILE_COLS of every factored one, row tiles outermost. Both sorted by tensor, then part.
-// On a GPU every pointer here is a device address.
+// On a GPU every pointer here is a device address. skip: when not null and not 0 the step writes nothing.
 typedef struct a8_batch {
   const a8_tensor* tensors;
   const a8_chunk* chunks;
   const a8_chunk* tiles;
   const a8_hyper* hypers;
+  const float* skip;
   uint32_t tensor_count;
   uint32_t chunk_count;
   uint32_t tile_count;
   uint32_t hyper_count;
+  uint32_t rule;
+  uint32_t reserved;
 } a8_batch;
 
 // One array to quantise or dequantise. values: [numel] of `dtype`; codes and blocks as in a8_tensor.
@@ -189,11 +254,22 @@ typedef struct a8_codec {
 
 // What a8_derive needs for one row of hypers. step: the counter of steps, where the kernels run; null: the row stays as the
 // caller wrote it.
+// beta3, mix: AdEMAMix's final values; first_half, last_half: log(1/2) / log(beta) of the beta from which beta3 grows, and of
+// the last. decay: of LR_DECAYS, or SGD's dampening.
+// skip: as of a8_batch; a step that is skipped is not counted.
 typedef struct a8_schedule {
   int64_t* step;
+  const float* skip;
   double beta1;
   double beta2;
+  double beta3;
   double beta2_decay;
+  double mix;
+  double mix_steps;
+  double beta3_steps;
+  double first_half;
+  double last_half;
+  double decay;
   uint32_t rules;
   uint32_t reserved;
 } a8_schedule;
@@ -207,12 +283,15 @@ typedef struct a8_schedule {
 // a8_derive: for each of `count` rows, adds `advance` to its counter (1, or 0 when an earlier call of the same step has done
 // so) and writes the fields that follow from the step. On a GPU every pointer is a device address, so that a captured graph
 // counts by itself.
+// a8_screen: divides every gradient of the batch by *scale, in place (scale null: leaves them), and sets *found to 1 when one
+// is not finite afterwards; else *found stays. Only chunks, grad, grad_dtype and numel are looked at.
 #if !defined(__CUDACC_RTC__)
 A8_EXPORT int32_t a8_get_info(a8_info* info);
 A8_EXPORT const char* a8_last_error(void);
 A8_EXPORT int32_t a8_quantize(a8_exec* exec, const a8_codec* codec);
 A8_EXPORT int32_t a8_dequantize(a8_exec* exec, const a8_codec* codec);
 A8_EXPORT int32_t a8_derive(a8_exec* exec, const a8_schedule* from, a8_hyper* to, uint32_t count, uint32_t advance);
-A8_EXPORT int32_t a8_adam(a8_exec* exec, const a8_batch* batch);
+A8_EXPORT int32_t a8_screen(a8_exec* exec, const a8_batch* batch, const float* scale, float* found);
+A8_EXPORT int32_t a8_elementwise(a8_exec* exec, const a8_batch* batch, uint32_t phases);
 A8_EXPORT int32_t a8_adafactor(a8_exec* exec, const a8_batch* batch, uint32_t phases);
 #endif

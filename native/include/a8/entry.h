@@ -11,7 +11,7 @@
 
 static_assert(A8_CHUNK % A8_MAX_BLOCK == 0, "a block never crosses a chunk");
 static_assert(A8_TILE_COLS % A8_LANES == 0 && A8_CHUNK % A8_LANES == 0, "accumulators restart at a tile");
-static_assert(sizeof(a8_tensor) == 144 && sizeof(a8_hyper) == 72 && sizeof(a8_schedule) == 40, "no hidden padding");
+static_assert(sizeof(a8_tensor) == 184 && sizeof(a8_hyper) == 96 && sizeof(a8_schedule) == 104, "no hidden padding");
 
 namespace {
 

@@ -18,6 +18,9 @@
 // a page walk each (half of the norm phase, measured). Not part of the numerics.
 #define A8_SAMPLES 8
 
+// Totals of a tensor in the scratch: of p^2, of u^2, and the factor of the norm-growth limiter.
+#define A8_TOTALS 4
+
 // Block sizes of a quantised state: powers of two in this range.
 #define A8_MIN_BLOCK 32
 #define A8_MAX_BLOCK 4096

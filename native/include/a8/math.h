@@ -1,4 +1,4 @@
-// The arithmetic of the updates, once for every backend. Receives and returns float32 values in registers; touches no
+// The arithmetic that the rules and the formats share, once for every backend. Receives and returns float32 values in registers; touches no
 // memory. Only correctly rounded operations (+, -, *, /, sqrt), integer operations and comparisons, and no fma, so that
 // the baseline instruction set, which has none, gives the same bits at vector speed (docs/decisions/0002-no-fma.md).
 //
@@ -129,100 +129,19 @@ A8_FN uint32_t a8_to_f16_stochastic(float x, uint32_t noise) {
   return (magnitude >= 0x7f800000u ? a8_to_f16(x) & 0x7fffu : result) | sign;
 }
 
-// --- Adam. Kingma & Ba 2015, Algorithm 1; AdamW: Loshchilov & Hutter 2019, Algorithm 2. ---
-
-typedef struct a8_adam_rule {
-  float beta1, one_minus_beta1, beta2, one_minus_beta2;
-  float decay;      // 1 - lr * weight_decay, or 1 with L2
-  float l2;         // weight_decay when it is added to the gradient, or 0
-  float step_size;  // lr / (1 - beta1^t)
-  float root_bias;  // 1 / sqrt(1 - beta2^t)
-  float eps;
-  uint32_t sign;  // flips the gradient when maximising
-} a8_adam_rule;
-
-A8_FN a8_adam_rule a8_adam_rule_of(const a8_hyper* h, float lr) {
-  a8_adam_rule rule;
-  rule.beta1 = h->beta1;
-  rule.one_minus_beta1 = h->one_minus_beta1;
-  rule.beta2 = h->beta2;
-  rule.one_minus_beta2 = h->one_minus_beta2;
-  rule.decay = h->flags & A8_L2_DECAY ? 1.0f : 1.0f - lr * h->weight_decay;
-  rule.l2 = h->flags & A8_L2_DECAY ? h->weight_decay : 0.0f;
-  rule.step_size = lr * h->bias1;
-  rule.root_bias = h->bias2;
-  rule.eps = h->eps;
-  rule.sign = h->flags & A8_MAXIMIZE ? 0x80000000u : 0u;
-  return rule;
-}
+// --- What the rules share. ---
 
 template <typename F>
 A8_FN F a8_signed(F g, uint32_t sign) {
   return a8_float(a8_bits(g) ^ sign);
 }
 
-// The gradient that the moments see. With no L2 term it is untouched: 0 * p is not 0 for an infinite p.
-A8_FN float a8_adam_gradient(const a8_adam_rule* r, float g, float p) {
-  float gradient = a8_signed(g, r->sign);
-  return r->l2 != 0.0f ? gradient + r->l2 * p : gradient;
-}
-
-template <typename F>
-A8_FN F a8_adam_first(const a8_adam_rule* r, F m, F g) {
-  return r->beta1 * m + r->one_minus_beta1 * g;
-}
-
-template <typename F>
-A8_FN F a8_adam_second(const a8_adam_rule* r, F v, F g) {
-  return r->beta2 * v + (r->one_minus_beta2 * g) * g;
-}
-
-template <typename F>
-A8_FN F a8_adam_param(const a8_adam_rule* r, F p, F m, F v) {
-  F root = a8_sqrt(v) * r->root_bias + r->eps;
-  return p * r->decay - r->step_size * a8_div(m, root);
-}
-
-// --- Adafactor. Shazeer & Stern 2018, Algorithms 4 and 5, with torch.optim.Adafactor's eps1 and weight decay. ---
-
 // NaN stays NaN: the comparison is false for it.
 template <typename F>
 A8_FN F a8_at_most(F x, F bound) {
   return a8_select(x > bound, bound, x);
 }
-A8_FN float a8_at_least(float x, float bound) { return x < bound ? bound : x; }
-
-// An average moved towards x. Never negative for x, average >= 0, unlike average + w * (x - average).
-A8_FN float a8_average(const a8_hyper* h, float average, float x) {
-  return h->beta2 * average + h->one_minus_beta2 * x;
-}
-
-// Of the bits of a chunk's first A8_SAMPLES elements as they are stored: enough to notice a parameter that was exchanged
-// behind autograd's back (param.data.copy_ does not count as a write). Starts at the chunk's length.
-A8_FN uint32_t a8_fingerprint(uint32_t fingerprint, uint32_t bits) { return (fingerprint ^ bits) * 0x01000193u; }
-
-// 1 / sqrt(v), at most 1 / eps: the reciprocal root of max(v, eps^2), for elements, row means and column means alike.
-A8_FN float a8_reciprocal_root(float v) { return a8_div(1.0f, a8_sqrt(v)); }
-
-typedef struct a8_adafactor_rule {
-  float decay;      // of the parameter
-  float step_size;  // alpha / max(1, RMS(u) / d)
-} a8_adafactor_rule;
-
-// param_squares, update_squares: sums over the tensor's numel elements of p^2 and u^2.
-// h->bias1: factor of the step size (bias corrections); h->bias2: upper bound of lr (relative_step), or FLT_MAX.
-A8_FN a8_adafactor_rule a8_adafactor_rule_of(const a8_hyper* h, float lr, float numel, float param_squares,
-                                             float update_squares) {
-  float rho = a8_at_most(lr, h->bias2);
-  float alpha = rho;
-  if (h->flags & A8_SCALE_PARAMETER) alpha = a8_at_least(a8_sqrt(a8_div(param_squares, numel)), h->eps2) * rho;
-  alpha = alpha * h->bias1;
-  a8_adafactor_rule rule;
-  rule.decay = 1.0f - (h->flags & A8_SCALE_DECAY ? alpha : rho) * h->weight_decay;
-  rule.step_size = alpha;
-  if (h->clip > 0.0f) {
-    float excess = a8_div(a8_sqrt(a8_div(update_squares, numel)), h->clip);
-    rule.step_size = a8_div(alpha, a8_at_least(excess, 1.0f));
-  }
-  return rule;
+template <typename F>
+A8_FN F a8_at_least(F x, F bound) {
+  return a8_select(x < bound, bound, x);
 }

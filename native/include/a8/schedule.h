@@ -49,19 +49,41 @@ A8_FN double a8_decay(int64_t t, double exponent) {
   return a8_exp2_product(exponent, whole, 2.8853900817779268 * (s * series));
 }
 
+// AdEMAMix's beta3 on its way from beta1 to its value: arXiv:2409.03137, section 3.1, where 1 / log(beta3) goes evenly from one
+// to the other, and so does `half`, the number of steps in which the average loses half of what it held. progress: in [0, 1].
+A8_FN double a8_beta_between(double first_half, double last_half, double progress) {
+  double half = first_half + (last_half - first_half) * progress;
+  return half > 0.0 ? a8_exp2_product(-1.0 / half, 1.0, 0.0) : 0.0;
+}
+
+// AdEMAMix's weight and decay of the slow average at step t.
+A8_FN void a8_derive_slow(const a8_schedule* s, int64_t t, a8_hyper* h) {
+  double mix = s->mix, beta3 = s->beta3, step = (double)t;
+  if (s->rules & A8_MIX_WARMS_UP && step < s->mix_steps) mix = mix * step / s->mix_steps;
+  if (s->rules & A8_BETA3_WARMS_UP && step < s->beta3_steps)
+    beta3 = a8_beta_between(s->first_half, s->last_half, step / s->beta3_steps);
+  h->mix = (float)mix;
+  h->beta3 = (float)beta3;
+  h->one_minus_beta3 = (float)(1.0 - beta3);
+}
+
 // Writes what `s` derives for step number t >= 1; the other fields of `h` stay.
 A8_FN void a8_derive_row(const a8_schedule* s, int64_t t, a8_hyper* h) {
   double first = 1.0 / (1.0 - a8_power(s->beta1, t));
   double root = a8_sqrt_double(1.0 - a8_power(s->beta2, t));
   h->step = (uint32_t)t;
+  if (s->rules & A8_FIRST_WHOLE) h->one_minus_beta1 = t == 1 ? 1.0f : (float)(1.0 - s->decay);
+  if (s->rules & (A8_MIX_WARMS_UP | A8_BETA3_WARMS_UP)) a8_derive_slow(s, t, h);
   if (s->rules & A8_BETA2_DECAYS) {
     double one_minus_beta2 = a8_decay(t, s->beta2_decay);
     h->beta2 = (float)(1.0 - one_minus_beta2);
     h->one_minus_beta2 = (float)one_minus_beta2;
   }
-  if (s->rules & A8_ADAM_BIAS) {
-    h->bias1 = (float)first;
-    h->bias2 = (float)(1.0 / root);
+  if (s->rules & (A8_ADAM_BIAS | A8_UNBIASED)) {
+    bool unbiased = s->rules & A8_UNBIASED;
+    h->bias1 = unbiased ? 1.0f : (float)first;
+    h->bias2 = unbiased ? 1.0f : (float)(1.0 / root);
+    if (s->rules & A8_LR_DECAYS) h->bias1 = (float)(1.0 / (1.0 + (double)(t - 1) * s->decay));
     return;
   }
   if (s->rules & A8_BETA2_DECAYS) root = 1.0;

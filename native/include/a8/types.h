@@ -25,6 +25,15 @@ typedef unsigned long long uint64_t;
 #define A8_FN static inline __attribute__((always_inline, unused))
 #endif
 
+// For member functions, what A8_FN is for others.
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+#define A8_MEMBER __device__ __forceinline__
+#elif defined(_MSC_VER)
+#define A8_MEMBER __forceinline
+#else
+#define A8_MEMBER __attribute__((always_inline))
+#endif
+
 // The bits of a float and back. The one place where the compilers differ.
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 A8_FN uint32_t a8_bits(float x) { return __float_as_uint(x); }

@@ -15,7 +15,7 @@
 #define STUB_INFO_STATUS A8_OK
 #endif
 #ifndef STUB_OPS
-#define STUB_OPS (A8_OP_CODEC | A8_OP_ADAM | A8_OP_ADAFACTOR)
+#define STUB_OPS (A8_OP_CODEC | A8_OP_ELEMENTWISE | A8_OP_ADAFACTOR)
 #endif
 #ifndef STUB_TOOLKIT
 #define STUB_TOOLKIT 12080
@@ -76,8 +76,10 @@ A8_EXPORT int32_t a8_dequantize(a8_exec* exec, const a8_codec* codec) {
 
 A8_EXPORT int32_t a8_derive(a8_exec*, const a8_schedule*, a8_hyper*, uint32_t, uint32_t) { return A8_OK; }
 
-#if !defined(STUB_NO_ADAM)
-A8_EXPORT int32_t a8_adam(a8_exec*, const a8_batch*) { return fail(77, ""); }
+A8_EXPORT int32_t a8_screen(a8_exec*, const a8_batch*, const float*, float*) { return A8_OK; }
+
+#if !defined(STUB_NO_ELEMENTWISE)
+A8_EXPORT int32_t a8_elementwise(a8_exec*, const a8_batch*, uint32_t) { return fail(77, ""); }
 #endif
 
 #if !defined(STUB_NO_ADAFACTOR)
