@@ -49,8 +49,8 @@ class LibraryInfo:
 class Library:
     """A loaded native library. Made by ``load``; safe to use from several threads.
 
-    The entries are attributes (``library.a8_elementwise``) with argument and result types set; those that belong to an op
-    which ``info.ops`` lacks are not bound. ``call`` checks the status too.
+    The entries are attributes (``library.a8_elementwise``) with argument and result types set; those that belong to an
+    op which ``info.ops`` lacks are not bound. ``call`` checks the status too.
 
     Attributes:
         path: the file.

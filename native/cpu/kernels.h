@@ -15,7 +15,7 @@ struct a8_job {
 typedef void (*a8_task)(const a8_job* job, uint32_t index);
 
 struct a8_kernels {
-  uint32_t isa;        // an a8_isa, from the compiler's own macros: proves which code ran
+  uint32_t isa;          // an a8_isa, from the compiler's own macros: proves which code ran
   a8_task elementwise;   // index: chunk
   a8_task measure;       // index: chunk. Partial sums of p^2 and a8_rule_measure^2
   a8_task screen;        // index: chunk. Gradients divided by the scale; found where one is not finite

@@ -95,7 +95,8 @@ def test_version_is_the_headers() -> None:
 def test_prototypes_are_the_headers() -> None:
     ours = []
     names = {ctypes.POINTER(struct): f"a8_{name}*" for name, struct in structs.STRUCTS.items()}
-    names |= {ctypes.c_int32: "int32_t", ctypes.c_uint32: "uint32_t", ctypes.c_char_p: "char*", ctypes.c_void_p: "float*"}
+    names |= {ctypes.c_int32: "int32_t", ctypes.c_uint32: "uint32_t"}
+    names |= {ctypes.c_char_p: "char*", ctypes.c_void_p: "float*"}
     for entry in signatures.SIGNATURES:
         arguments = ", ".join(names[kind] for kind in entry.argtypes) or "void"
         ours.append(f"{names[entry.restype]} {entry.name}({arguments})")

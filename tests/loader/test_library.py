@@ -291,7 +291,9 @@ def test_library_of_another_backend(build: Build, use: Use) -> None:
     assert error.reason == "the backend is cpu in this library, but cuda in this package"
 
 
-@pytest.mark.parametrize(("define", "symbol"), [("STUB_NO_GET_INFO", "a8_get_info"), ("STUB_NO_ELEMENTWISE", "a8_elementwise")])
+@pytest.mark.parametrize(
+    ("define", "symbol"), [("STUB_NO_GET_INFO", "a8_get_info"), ("STUB_NO_ELEMENTWISE", "a8_elementwise")]
+)
 def test_missing_symbol(define: str, symbol: str, build: Build, use: Use) -> None:
     error = refused(build("native", define), use, LibraryIncompatible)
     assert f"symbol {symbol} is missing" in error.reason

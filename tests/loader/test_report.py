@@ -26,7 +26,7 @@ def test_report_of_a_library_that_loads(build: Build, use: Use, capsys: pytest.C
     assert report["ok"] is True
     cpu = report["libraries"]["cpu"]
     assert cpu["path"] == str(path)
-    assert cpu["info"]["ops"] == ["CODEC", "ADAM", "ADAFACTOR"]
+    assert cpu["info"]["ops"] == ["CODEC", "ELEMENTWISE", "ADAFACTOR"]
     assert cpu["attempts"] == [{"path": str(path), "outcome": "loaded"}]
     assert report["cpu"]["isa_best"] == "avx2"
     assert [row["name"] for row in report["settings"]] == [setting.name for setting in settings.SETTINGS]

@@ -67,7 +67,7 @@ A8_FN a8_log8_header a8_log8_header_of(int32_t low, int32_t high, a8_log8_header
       before.step - header.step <= before.step >> A8_LOG8_KEEP)
     return before;
   int32_t room = (high - low) >> A8_LOG8_ROOM;
-  bool roomy = low - room >= A8_LOG8_SMALLEST && high + room < A8_LOG8_INFINITY;
+  bool roomy = low - room >= A8_LOG8_SMALLEST && high < A8_LOG8_INFINITY - room;
   return roomy ? a8_log8_tight(low - room, high + room) : header;
 }
 
