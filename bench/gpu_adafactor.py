@@ -26,7 +26,7 @@ from gpu_common import (
 
 from loader.structs import Batch, Chunk, Dtype, Flag, Hyper, Phase, Tensor, TensorFlag
 
-TILE_ROWS, TILE_COLS = 512, 1024
+TILE_ROWS, TILE_COLS, TOTALS = 512, 1024, 4
 FLT_MAX = 3.4028234663852886e38
 
 
@@ -101,7 +101,7 @@ class Run:
                 row_at=floats, col_at=floats + across * case.rows,
                 sum_at=floats + across * case.rows + down * case.cols,
             )  # fmt: skip
-            floats = -(-(tensor.sum_at + 2 + 3 * tensor.chunks) // 4) * 4 + gap
+            floats = -(-(tensor.sum_at + TOTALS + 3 * tensor.chunks) // 4) * 4 + gap
             self.tensors[index] = tensor
             chunks += [(index, part) for part in range(tensor.chunks)]
             tiles += [(index, part) for part in range(tensor.tiles)]

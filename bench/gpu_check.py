@@ -255,7 +255,8 @@ def time_set(
             if label and dtype is Dtype.F32:
                 continue
             batch = run.batch([hyper(100, flags=flags)])
-            ms = median_ms(lambda batch=batch, library=library: library.run("a8_elementwise", batch, int(Phase.ALL_PHASES)), repeats)
+            step = ("a8_elementwise", batch, int(Phase.ALL_PHASES))
+            ms = median_ms(lambda step=step, library=library: library.run(*step), repeats)
             row[Path(library.path).stem.removeprefix("liba8multi_") + label] = ms
         start = time.perf_counter()
         for _ in range(20):

@@ -7,7 +7,7 @@ comes from ``loader.sources``, the structs from ``loader.structs``.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from a8multi.errors import BackendUnavailable
 from a8multi.loader import flatten, geometry, structs
 from a8multi.plan import Live, StepPlan
+from a8multi.plan.step_plan import has_norm
 from a8multi.quant.formats import StateFormat
 
 from . import marshal
@@ -31,21 +32,28 @@ _MAX_GRID = 8192  # of the kernels that take any grid
 # Kernels by the file that holds them. A file is compiled when one of its kernels is first wanted.
 _KERNELS = {
     "adam": ("adam",),
+    "momentum": ("lion", "sgd", "lars"),
+    "element": ("measure", "element"),
     "adafactor": tuple(
         f"adafactor_{part}"
         for part in (
             "reduce",
             "means",
             "factors",
+            "residual",
+            "confidence",
+            "confidence_factors",
             "norm_factored",
             "norm_full",
-            "totals",
+            "limit",
             "apply_factored",
             "apply_full",
         )
     ),
+    "totals": ("totals",),
     "codec": ("quantize", "dequantize"),
     "schedule": ("derive",),
+    "screen": ("screen",),
 }
 _FILES = {name: f"cuda/kernels/{file}.cuh" for file, names in _KERNELS.items() for name in names}
 
@@ -130,30 +138,76 @@ class CupyBackend:
 
     def elementwise(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
         batch = self._batch(plan, hypers, live)
-        # The last argument is how many chunks a block of threads takes at a time: any gives the same bits.
-        self._launch("adam", plan.device, batch.chunk_count, batch, np.uint32(1))
+        kind, norms = structs.RuleKind, has_norm(plan.rule)
+        scratch = np.uint64(marshal.scratch_of(plan, live).data_ptr() if norms else 0)
+        with self._on(plan.device):
+            if norms:
+                self._run("measure", batch.chunk_count, batch, scratch)
+                self._run("totals", batch.tensor_count, batch, scratch, np.uint32(0))
+            # `group`: how many chunks a block of threads takes at a time; any gives the same bits.
+            group = np.uint32(1)
+            if plan.rule in (kind.ADAM, kind.LION, kind.SGD):
+                self._run(plan.rule.name.lower(), batch.chunk_count, batch, group)
+            elif plan.rule == kind.LARS:
+                self._run("lars", batch.chunk_count, batch, scratch, group)
+            else:
+                self._run("element", batch.chunk_count, batch, scratch)
+
+    def screen(
+        self, plan: StepPlan, scale: Tensor | None, found: Tensor, hypers: np.ndarray, live: Live | None = None
+    ) -> None:
+        batch, _ = marshal.batch_of(plan, hypers, live)
+        addresses = np.uint64(0 if scale is None else scale.data_ptr()), np.uint64(found.data_ptr())
+        self._launch("screen", plan.device, batch.chunk_count, batch, *addresses)
 
     def adafactor(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
-        batch = self._batch(plan, hypers, live)
-        scratch = np.uint64(marshal.scratch_of(plan, live).data_ptr())
-        phases = np.uint32(int(structs.Phase.ALL_PHASES))
-        groups = -(-batch.chunk_count * 32 // self._threads)  # of chunks: a warp each
-        factored = groups if batch.tile_count else 0
-        # As abi.cu does it: a grid of 0 is no launch.
-        launches: list[tuple[str, int, tuple[np.uint32, ...]]] = [
-            ("reduce", batch.tile_count, ()),
-            ("means", batch.tile_count, (phases,)),
-            ("factors", batch.tile_count, ()),
-            ("norm_factored", factored, ()),
-            ("norm_full", groups, ()),
-            ("totals", batch.tensor_count, ()),
-            ("apply_factored", factored, ()),
-            ("apply_full", groups, ()),
+        self._adafactor(plan, self._batch(plan, hypers, live), marshal.scratch_of(plan, live), plan.phases)
+
+    def sums(self, plan: StepPlan, hypers: np.ndarray) -> list[tuple[Tensor, Tensor]]:
+        factors = plan.factors
+        self._adafactor(plan, self._batch(plan, hypers, None), plan.scratch, structs.Phase.REDUCE)
+        return factors
+
+    def adafactor_scaled(
+        self,
+        plan: StepPlan,
+        factors: Sequence[tuple[Tensor | None, Tensor | None]],
+        hypers: np.ndarray,
+        live: Live | None = None,
+    ) -> None:
+        marshal.put_factors(plan, factors)
+        phases = structs.Phase.NORM | structs.Phase.APPLY
+        self._adafactor(plan, self._batch(plan, hypers, live), plan.scratch, phases)
+
+    def _adafactor(self, plan: StepPlan, batch: structs.Batch, scratch: Tensor, phases: structs.Phase) -> None:
+        """Launches what abi.cu does for these phases."""
+        phase = structs.Phase
+        tensors, chunks, tiles = batch.tensor_count, batch.chunk_count, batch.tile_count
+        groups = -(-chunks * 32 // self._threads)  # of chunks: a warp each
+        confidence = (
+            (phase.RESIDUAL, "residual"),
+            (phase.CONFIDENCE, "confidence"),
+            (phase.CONFIDENCE, "confidence_factors"),
+        )
+        # Which phases want a kernel, its grid (0 is no launch) and what it takes besides the batch and the scratch.
+        launches: list[tuple[structs.Phase, str, int, tuple[int, ...]]] = [
+            (phase.REDUCE, "adafactor_reduce", tiles, ()),
+            (phase.REDUCE | phase.MOMENTS, "adafactor_means", tiles, (int(phases),)),
+            (phase.MOMENTS, "adafactor_factors", tiles, ()),
+            *((asked, f"adafactor_{name}", tiles, (0,)) for asked, name in confidence),
+            (phase.NORM, "adafactor_norm_factored", groups if tiles else 0, ()),
+            (phase.NORM, "adafactor_norm_full", groups, ()),
+            (phase.NORM, "totals", tensors, (0,)),
+            *((asked, f"adafactor_{name}", tiles, (1,)) for asked, name in confidence),
+            (phase.LIMIT, "adafactor_limit", chunks, ()),
+            (phase.LIMIT, "totals", tensors, (1,)),
+            (phase.APPLY, "adafactor_apply_factored", groups if tiles else 0, ()),
+            (phase.APPLY, "adafactor_apply_full", groups, ()),
         ]
         with self._on(plan.device):
-            for name, grid, more in launches:
-                if grid:
-                    self._run(f"adafactor_{name}", grid, batch, scratch, *more)
+            for asked, name, grid, more in launches:
+                if grid and asked & phases:
+                    self._run(name, grid, batch, np.uint64(scratch.data_ptr()), *map(np.uint32, more))
 
     def quantize(
         self,

@@ -7,7 +7,11 @@
 #include "kernels/adafactor.cuh"
 #include "kernels/adam.cuh"
 #include "kernels/codec.cuh"
+#include "kernels/element.cuh"
+#include "kernels/momentum.cuh"
 #include "kernels/schedule.cuh"
+#include "kernels/screen.cuh"
+#include "kernels/totals.cuh"
 
 #ifndef A8_ARCHITECTURES
 #define A8_ARCHITECTURES "unknown"
@@ -104,22 +108,75 @@ int32_t check_batch(const a8_exec* exec, const a8_batch* batch) {
   return A8_OK;
 }
 
-// What the host can see of an Adafactor batch: its tensors are in device memory. Every tensor has two sums and three for each
-// chunk in the scratch, every tile at least one row and one column.
-int32_t check_adafactor(const a8_exec* exec, const a8_batch* batch, uint32_t phases) {
+int32_t check_step(const a8_exec* exec, const a8_batch* batch, uint32_t phases) {
   if (int32_t status = check_batch(exec, batch)) return status;
   if (phases & ~(uint32_t)A8_ALL_PHASES) return fail(A8_ERROR_ARGUMENT, "phases 0x%x", phases);
+  if (!aligned(batch->skip, 4)) return fail(A8_ERROR_ARGUMENT, "skip is not aligned to 4 bytes");
+  return A8_OK;
+}
+
+// What the host can see of the scratch: the tensors are in device memory. Every tensor has its totals and three numbers for each
+// chunk there, every tile at least one row and one column.
+int32_t check_scratch(const a8_exec* exec, int64_t tensors, int64_t chunks, int64_t tiles) {
+  int64_t least = 4 * (A8_TOTALS * tensors + 3 * chunks + 2 * tiles);
+  if (!exec->scratch || !aligned(exec->scratch, 4) || exec->scratch_bytes < least)
+    return fail(A8_ERROR_ARGUMENT, "scratch is null, misaligned, or its %lld bytes are fewer than %lld",
+                (long long)exec->scratch_bytes, (long long)least);
+  return A8_OK;
+}
+
+int32_t check_elementwise(const a8_exec* exec, const a8_batch* batch, uint32_t phases) {
+  if (int32_t status = check_step(exec, batch, phases)) return status;
+  if (batch->rule > A8_LARS) return fail(A8_ERROR_UNSUPPORTED, "rule %u", batch->rule);
+  if (batch->chunk_count == 0 || !(batch->rule == A8_LAMB || batch->rule == A8_LARS)) return A8_OK;
+  return check_scratch(exec, batch->tensor_count, batch->chunk_count, 0);
+}
+
+int32_t check_adafactor(const a8_exec* exec, const a8_batch* batch, uint32_t phases) {
+  if (int32_t status = check_step(exec, batch, phases)) return status;
   if (batch->chunk_count == 0) return A8_OK;
   if (batch->tile_count > 0x7fffffffu)
     return fail(A8_ERROR_UNSUPPORTED, "%u tiles: at most 2^31 - 1", batch->tile_count);
   if (batch->tile_count && (!batch->tiles || !aligned(batch->tiles, 4)))
     return fail(A8_ERROR_ARGUMENT, "the table of tiles is null or misaligned");
-  int64_t least =
-      4 * (2 * (int64_t)batch->tensor_count + 3 * (int64_t)batch->chunk_count + 2 * (int64_t)batch->tile_count);
-  if (!exec->scratch || !aligned(exec->scratch, 4) || exec->scratch_bytes < least)
-    return fail(A8_ERROR_ARGUMENT, "scratch is null, misaligned, or its %lld bytes are fewer than %lld",
-                (long long)exec->scratch_bytes, (long long)least);
-  return A8_OK;
+  return check_scratch(exec, batch->tensor_count, batch->chunk_count, batch->tile_count);
+}
+
+cudaError_t launch_elementwise(const a8_exec* exec, const a8_batch& batch, uint32_t phases, cudaStream_t stream) {
+  float* scratch = static_cast<float*>(exec->scratch);
+  if (phases & A8_NORM && (batch.rule == A8_LAMB || batch.rule == A8_LARS)) {
+    a8_measure_kernel<<<batch.chunk_count, A8_THREADS, 0, stream>>>(batch, scratch);
+    a8_totals_kernel<<<batch.tensor_count, A8_THREADS, 0, stream>>>(batch, scratch, 0u);
+  }
+  uint32_t group = group_for(exec->device, batch.chunk_count), grid = (batch.chunk_count + group - 1) / group;
+  if (!(phases & A8_APPLY)) return cudaGetLastError();
+  switch (batch.rule) {
+    case A8_ADAM:
+      a8_adam_kernel<<<grid, A8_THREADS, 0, stream>>>(batch, group);
+      break;
+    case A8_LION:
+      a8_lion_kernel<<<grid, A8_THREADS, 0, stream>>>(batch, group);
+      break;
+    case A8_SGD:
+      a8_sgd_kernel<<<grid, A8_THREADS, 0, stream>>>(batch, group);
+      break;
+    case A8_LARS:
+      a8_lars_kernel<<<grid, A8_THREADS, 0, stream>>>(batch, scratch, group);
+      break;
+    default:
+      a8_element_kernel<<<batch.chunk_count, A8_THREADS, 0, stream>>>(batch, scratch);
+  }
+  return cudaGetLastError();  // sticky for launches: the first that failed
+}
+
+// CAME's confidence, of the tensors with A8_AVERAGE_UPDATE or of those without.
+void launch_confidence(const a8_batch& batch, float* scratch, uint32_t phases, uint32_t averages, cudaStream_t stream) {
+  if (batch.tile_count && phases & A8_RESIDUAL)
+    a8_adafactor_residual_kernel<<<batch.tile_count, A8_THREADS, 0, stream>>>(batch, scratch, averages);
+  if (batch.tile_count && phases & A8_CONFIDENCE) {
+    a8_adafactor_confidence_kernel<<<batch.tile_count, A8_THREADS, 0, stream>>>(batch, scratch, averages);
+    a8_adafactor_confidence_factors_kernel<<<batch.tile_count, A8_THREADS, 0, stream>>>(batch, scratch, averages);
+  }
 }
 
 // The launches of the phases asked for, in order; the first error ends them.
@@ -131,10 +188,16 @@ cudaError_t launch_adafactor(const a8_batch& batch, float* scratch, uint32_t pha
     a8_adafactor_means_kernel<<<batch.tile_count, A8_THREADS, 0, stream>>>(batch, scratch, phases);
   if (batch.tile_count && phases & A8_MOMENTS)
     a8_adafactor_factors_kernel<<<batch.tile_count, A8_THREADS, 0, stream>>>(batch, scratch);
+  launch_confidence(batch, scratch, phases, 0u, stream);
   if (phases & A8_NORM) {
     if (batch.tile_count) a8_adafactor_norm_factored_kernel<<<groups, A8_THREADS, 0, stream>>>(batch, scratch);
     a8_adafactor_norm_full_kernel<<<groups, A8_THREADS, 0, stream>>>(batch, scratch);
-    a8_adafactor_totals_kernel<<<batch.tensor_count, A8_THREADS, 0, stream>>>(batch, scratch);
+    a8_totals_kernel<<<batch.tensor_count, A8_THREADS, 0, stream>>>(batch, scratch, 0u);
+  }
+  launch_confidence(batch, scratch, phases, 1u, stream);
+  if (phases & A8_LIMIT) {
+    a8_adafactor_limit_kernel<<<batch.chunk_count, A8_THREADS, 0, stream>>>(batch, scratch);
+    a8_totals_kernel<<<batch.tensor_count, A8_THREADS, 0, stream>>>(batch, scratch, 1u);
   }
   if (phases & A8_APPLY) {
     if (batch.tile_count) a8_adafactor_apply_factored_kernel<<<groups, A8_THREADS, 0, stream>>>(batch, scratch);
@@ -157,15 +220,24 @@ A8_EXPORT int32_t a8_quantize(a8_exec* exec, const a8_codec* codec) { return run
 
 A8_EXPORT int32_t a8_dequantize(a8_exec* exec, const a8_codec* codec) { return run_codec(exec, codec, false); }
 
-A8_EXPORT int32_t a8_adam(a8_exec* exec, const a8_batch* batch) {
+A8_EXPORT int32_t a8_screen(a8_exec* exec, const a8_batch* batch, const float* scale, float* found) {
   a8_message[0] = 0;
   if (int32_t status = check_batch(exec, batch)) return status;
   if (batch->chunk_count == 0) return A8_OK;
-  return on_device(exec, "the Adam step", [&](cudaStream_t stream) {
-    uint32_t group = group_for(exec->device, batch->chunk_count);
-    a8_adam_kernel<<<(batch->chunk_count + group - 1) / group, A8_THREADS, 0, stream>>>(*batch, group);
+  if (!found || !aligned(found, 4) || !aligned(scale, 4))
+    return fail(A8_ERROR_ARGUMENT, "found is null, or found or scale is not aligned to 4 bytes");
+  return on_device(exec, "screening the gradients", [&](cudaStream_t stream) {
+    a8_screen_kernel<<<batch->chunk_count, A8_THREADS, 0, stream>>>(*batch, scale, found);
     return cudaGetLastError();
   });
+}
+
+A8_EXPORT int32_t a8_elementwise(a8_exec* exec, const a8_batch* batch, uint32_t phases) {
+  a8_message[0] = 0;
+  if (int32_t status = check_elementwise(exec, batch, phases)) return status;
+  if (batch->chunk_count == 0) return A8_OK;
+  return on_device(exec, "the element-wise step",
+                   [&](cudaStream_t stream) { return launch_elementwise(exec, *batch, phases, stream); });
 }
 
 A8_EXPORT int32_t a8_adafactor(a8_exec* exec, const a8_batch* batch, uint32_t phases) {

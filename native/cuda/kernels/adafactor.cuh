@@ -1,29 +1,37 @@
-// a8_adafactor of abi.h: one step of Adafactor over a table of tensors, in eight launches for the whole of it.
+// a8_adafactor of abi.h: one step of Adafactor or CAME over a table of tensors, in eight launches for the whole of it, or
+// more with a confidence or a limiter.
 //
-// reduce -> means -> factors -> norm -> totals -> apply; the phases of abi.h are reduce (with the first half of means),
-// moments (its second half, and factors), norm (with totals) and apply. They meet in the scratch.
+// reduce -> means -> factors -> norm -> totals (totals.cuh) -> apply; the phases of abi.h are reduce (with the first half of
+// means), moments (its second half, and factors), norm (with totals) and apply. Where there is a confidence, residual ->
+// confidence -> confidence factors come before norm for tensors without A8_AVERAGE_UPDATE, and after totals for those with;
+// then limit -> totals. They meet in the scratch.
 #pragma once
 
 #include "adafactor_apply.cuh"
 #include "adafactor_general.cuh"
 #include "adafactor_norm.cuh"
 #include "adafactor_reduce.cuh"
+#include "adafactor_residual.cuh"
 
 // Sums of g^2 of every tile. One block of threads a tile.
 extern "C" __global__ void __launch_bounds__(A8_THREADS, 2) a8_adafactor_reduce_kernel(a8_batch batch, float* scratch) {
   __shared__ a8_reduce_room room;
+  if (a8_skips(batch)) return;
   a8_reduce_tile(a8_tile_of(batch, blockIdx.x), scratch, &room);
 }
 
-// One row's or column's partial sums, `stride` apart, into the first; then its mean, moved by the average's rule.
+// One row's or column's partial sums, `stride` apart, in order into the first.
+A8_FN float a8_combine(float* sums, int64_t stride, int64_t parts) {
+  float sum = sums[0];
+#pragma unroll 8
+  for (int64_t part = 1; part < parts; ++part) sum += sums[part * stride];
+  return sums[0] = sum;
+}
+
+// Combined (A8_REDUCE); then its mean, moved by the average's rule (A8_MOMENTS).
 A8_FN float a8_mean_of(float* sums, int64_t stride, int64_t parts, float* mean, float count, const a8_hyper* hyper,
                        uint32_t phases) {
-  float sum = sums[0];
-  if (phases & A8_REDUCE) {
-#pragma unroll 8
-    for (int64_t part = 1; part < parts; ++part) sum += sums[part * stride];
-    sums[0] = sum;
-  }
+  float sum = phases & A8_REDUCE ? a8_combine(sums, stride, parts) : sums[0];
   if (phases & A8_MOMENTS) *mean = a8_average(hyper, *mean, a8_div(sum, count));
   return *mean;
 }
@@ -32,6 +40,7 @@ A8_FN float a8_mean_of(float* sums, int64_t stride, int64_t parts, float* mean, 
 // 1 / sqrt(v) (A8_MOMENTS). One block of threads a tile: those at the matrix's left edge do its rows, at the top its columns.
 extern "C" __global__ void __launch_bounds__(A8_THREADS)
     a8_adafactor_means_kernel(a8_batch batch, float* scratch, uint32_t phases) {
+  if (a8_skips(batch)) return;
   a8_matrix_tile tile = a8_tile_of(batch, blockIdx.x);
   const a8_tensor* t = tile.tensor;
   const a8_hyper* hyper = batch.hypers + t->hyper;
@@ -48,23 +57,94 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS)
     }
 }
 
-// Each row's factor of 1 / sqrt(v). One block of threads a tile; those at the left edge each sum all row means.
+// Each row's factor of 1 / sqrt(v) from the rows' means. By a block of threads whose tile is at the left edge; each sums all
+// row means. means: a function of the row; least: of their mean.
+template <typename Means>
+A8_FN void a8_row_factors(const a8_matrix_tile& tile, Means means, float least, float* factors, float* room) {
+  int64_t rows = tile.tensor->rows;
+  float mean = a8_at_least(a8_div(a8_sum_block(rows, room, means), (float)rows), least);
+  for (int64_t row = tile.row + threadIdx.x; row < tile.row + tile.rows; row += A8_THREADS)
+    factors[row] = a8_reciprocal_root(a8_div(means(row), mean));
+}
+
+// One block of threads a tile.
 extern "C" __global__ void __launch_bounds__(A8_THREADS) a8_adafactor_factors_kernel(a8_batch batch, float* scratch) {
   __shared__ float room[A8_LANES];
+  if (a8_skips(batch)) return;
   a8_matrix_tile tile = a8_tile_of(batch, blockIdx.x);
   const a8_tensor* t = tile.tensor;
   if (tile.across != 0) return;
   const float* means = a8_at<float>(t->second, 0);
-  float mean = a8_div(a8_sum_block(means, t->rows, room), (float)t->rows);
-  mean = a8_at_least(mean, batch.hypers[t->hyper].eps);
-  for (int64_t row = tile.row + threadIdx.x; row < tile.row + tile.rows; row += A8_THREADS)
-    scratch[t->row_at + row] = a8_reciprocal_root(a8_div(means[row], mean));
+  a8_row_factors(
+      tile, [means](int64_t row) { return means[row]; }, batch.hypers[t->hyper].eps, scratch + t->row_at, room);
+}
+
+// Whether the tile's tensor has a confidence whose turn it is. averages: that of tensors with A8_AVERAGE_UPDATE, which comes
+// after the norm phase, else of those without.
+A8_FN bool a8_has_confidence(const a8_batch& batch, const a8_matrix_tile& tile, uint32_t averages) {
+  bool does = batch.hypers[tile.tensor->hyper].flags & A8_AVERAGE_UPDATE;
+  return tile.tensor->third_format == A8_FACTORED && does == (averages != 0);
+}
+
+// Sums of CAME's residual of every tile. One block of threads a tile.
+extern "C" __global__ void __launch_bounds__(A8_THREADS, 2)
+    a8_adafactor_residual_kernel(a8_batch batch, float* scratch, uint32_t averages) {
+  __shared__ a8_reduce_room room;
+  __shared__ float levels[16];
+  if (a8_skips(batch)) return;
+  a8_matrix_tile tile = a8_tile_of(batch, blockIdx.x);
+  if (a8_has_confidence(batch, tile, averages)) a8_residual_tile(batch, tile, scratch, &room, levels);
+}
+
+// Like a8_adafactor_means_kernel, of the confidence s: with A8_AVERAGE_UPDATE each column's factor of 1 / sqrt(s), else that
+// of 1 / sqrt(v s) in the place of that of v.
+extern "C" __global__ void __launch_bounds__(A8_THREADS)
+    a8_adafactor_confidence_kernel(a8_batch batch, float* scratch, uint32_t averages) {
+  if (a8_skips(batch)) return;
+  a8_matrix_tile tile = a8_tile_of(batch, blockIdx.x);
+  if (!a8_has_confidence(batch, tile, averages)) return;
+  const a8_tensor* t = tile.tensor;
+  const a8_hyper* hyper = batch.hypers + t->hyper;
+  if (tile.across == 0)
+    for (int64_t row = tile.row + threadIdx.x; row < tile.row + tile.rows; row += A8_THREADS) {
+      float sum = a8_combine(scratch + t->residual_at + row, t->rows, a8_tiles_across(t->cols, A8_TILE_COLS));
+      float* mean = a8_at<float>(t->third, row);
+      *mean = a8_confidence(hyper, *mean, a8_div(sum, (float)t->cols));
+    }
+  if (tile.down == 0)
+    for (int64_t col = tile.col + threadIdx.x; col < tile.col + tile.cols; col += A8_THREADS) {
+      float* sums = scratch + a8_confidence_cols_at(t) + col;
+      float sum = a8_combine(sums, t->cols, a8_tiles_across(t->rows, A8_TILE_ROWS));
+      float* mean = a8_at<float>(t->third_block, col);
+      *mean = a8_confidence(hyper, *mean, a8_div(sum, (float)t->rows));
+      if (averages)
+        *sums = a8_reciprocal_root(*mean);
+      else
+        scratch[t->col_at + col] = a8_reciprocal_root(*a8_at<float>(t->second_block, col) * *mean);
+    }
+}
+
+// Like a8_adafactor_factors_kernel, of the confidence.
+extern "C" __global__ void __launch_bounds__(A8_THREADS)
+    a8_adafactor_confidence_factors_kernel(a8_batch batch, float* scratch, uint32_t averages) {
+  __shared__ float room[A8_LANES];
+  if (a8_skips(batch)) return;
+  a8_matrix_tile tile = a8_tile_of(batch, blockIdx.x);
+  if (tile.across != 0 || !a8_has_confidence(batch, tile, averages)) return;
+  const a8_tensor* t = tile.tensor;
+  const float *v = a8_at<float>(t->second, 0), *s = a8_at<float>(t->third, 0);
+  const float kSmallestNormal = 1.17549435e-38f;
+  if (averages)
+    a8_row_factors(tile, [s](int64_t row) { return s[row]; }, kSmallestNormal, scratch + t->residual_at, room);
+  else
+    a8_row_factors(
+        tile, [s, v](int64_t row) { return v[row] * s[row]; }, batch.hypers[t->hyper].eps, scratch + t->row_at, room);
 }
 
 // The chunks of one block of threads, a warp each; those that no fast path takes are left to all warps together.
 typedef struct a8_chunk_room {
   union {
-    a8_factor_room general;
+    a8_square_room general;
     alignas(16) char arena[A8_WARPS][A8_ARENA_BYTES];
   };
   a8_nf4_table table;
@@ -105,31 +185,38 @@ A8_FN void a8_norm_chunks(const a8_batch& batch, float* scratch, uint32_t first,
   room->left[warp] = left;
   a8_copies_wait<0>();  // none may land in what the general path writes
   __syncthreads();
-  for (uint32_t i = 0; i < A8_WARPS; ++i)
-    if (room->left[i]) a8_norm_general(a8_factor_job_of(batch, scratch, first + i), &room->general);
+  for (uint32_t i = 0; i < A8_WARPS; ++i) {
+    if (!room->left[i]) continue;
+    a8_chunk unit = batch.chunks[first + i];
+    const a8_tensor* t = batch.tensors + unit.tensor;
+    a8_norm_general(t, batch.hypers + t->hyper, unit.part, scratch, &room->general);
+  }
 }
 
 // One block of threads A8_WARPS chunks; from the last on, whose gradients the reduce phase has read last.
 extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
     a8_adafactor_norm_factored_kernel(a8_batch batch, float* scratch) {
   __shared__ a8_chunk_room room;
+  if (a8_skips(batch)) return;
   a8_norm_chunks<true>(batch, scratch, (gridDim.x - 1 - blockIdx.x) * A8_WARPS, &room);
 }
 
 extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
     a8_adafactor_norm_full_kernel(a8_batch batch, float* scratch) {
   __shared__ a8_chunk_room room;
+  if (a8_skips(batch)) return;
   a8_norm_chunks<false>(batch, scratch, (gridDim.x - 1 - blockIdx.x) * A8_WARPS, &room);
 }
 
-// The chunks' sums, in order. One block of threads a tensor.
-extern "C" __global__ void __launch_bounds__(A8_THREADS) a8_adafactor_totals_kernel(a8_batch batch, float* scratch) {
-  __shared__ float room[A8_LANES];
-  const a8_tensor* t = batch.tensors + blockIdx.x;
-  float* sums = scratch + t->sum_at;
-  float param_squares = a8_sum_block(sums + A8_TOTALS, t->chunks, room);
-  float update_squares = a8_sum_block(sums + A8_TOTALS + t->chunks, t->chunks, room);
-  if (threadIdx.x == 0) sums[0] = param_squares, sums[1] = update_squares, sums[2] = 1.0f;
+// The sum of the squares of a chunk's update as CAME leaves it, for tensors whose limiter waits for it. One block of threads a
+// chunk.
+extern "C" __global__ void __launch_bounds__(A8_THREADS) a8_adafactor_limit_kernel(a8_batch batch, float* scratch) {
+  __shared__ a8_square_room room;
+  if (a8_skips(batch)) return;
+  a8_chunk unit = batch.chunks[blockIdx.x];
+  const a8_tensor* t = batch.tensors + unit.tensor;
+  const a8_hyper* h = batch.hypers + t->hyper;
+  if (t->limiter && h->flags & A8_AVERAGE_UPDATE) a8_limit_general(t, h, unit.part, scratch, &room);
 }
 
 // Updates A8_WARPS chunks, from number `first` on, by a block of threads.
@@ -142,7 +229,7 @@ A8_FN void a8_apply_chunks(const a8_batch& batch, float* scratch, uint32_t first
   __syncthreads();
   if (mine) {
     a8_factor_job job = a8_factor_job_of(batch, scratch, index);
-    left = !a8_suits_warp(job) || !a8_applies_warp(job.tensor);
+    left = !a8_suits_warp(job) || !a8_applies_warp(job);
     if (!left) {
       float squares = a8_apply_warp<kFactored>(job, room->arena[warp], &room->table);
       // The job anew: kept, its pointers would take the registers that the update needs.
@@ -154,8 +241,9 @@ A8_FN void a8_apply_chunks(const a8_batch& batch, float* scratch, uint32_t first
   __syncthreads();
   for (uint32_t i = 0; i < A8_WARPS; ++i) {
     if (!room->left[i]) continue;
-    a8_factor_job job = a8_factor_job_of(batch, scratch, first + i);
-    a8_apply_general(job, a8_factor_write_of(job), &room->general);
+    a8_chunk unit = batch.chunks[first + i];
+    const a8_tensor* t = batch.tensors + unit.tensor;
+    a8_apply_general(t, batch.hypers + t->hyper, unit.part, scratch, &room->general);
   }
 }
 
@@ -163,11 +251,13 @@ A8_FN void a8_apply_chunks(const a8_batch& batch, float* scratch, uint32_t first
 extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
     a8_adafactor_apply_factored_kernel(a8_batch batch, float* scratch) {
   __shared__ a8_chunk_room room;
+  if (a8_skips(batch)) return;
   a8_apply_chunks<true>(batch, scratch, blockIdx.x * A8_WARPS, &room);
 }
 
 extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_TWO_RESIDENT)
     a8_adafactor_apply_full_kernel(a8_batch batch, float* scratch) {
   __shared__ a8_chunk_room room;
+  if (a8_skips(batch)) return;
   a8_apply_chunks<false>(batch, scratch, blockIdx.x * A8_WARPS, &room);
 }

@@ -34,15 +34,41 @@ A8_FN void a8_leave_squares(const a8_factor_job& job, float squares) {
   job.sums[2 * (int64_t)job.tensor->chunks] = a8_float(a8_fingerprint_of(job));
 }
 
+// Where the factors of the confidence lie, seen from those of the second moment.
+typedef struct a8_confidence_place {
+  uint32_t row_shift, cols;
+  bool exists;
+} a8_confidence_place;
+
+A8_FN a8_confidence_place a8_confidence_place_of(const a8_tensor* t) {
+  return {(uint32_t)(t->residual_at - t->row_at), (uint32_t)a8_confidence_cols_at(t), t->third_format == A8_FACTORED};
+}
+
+// The first moment times the factors of 1 / sqrt(s), where there is a confidence.
+A8_FN void a8_confident_eight(const a8_confidence_place& confidence, a8_matrix_place place, bool active, const float* m,
+                              float* u) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) u[i] = m[i];
+  if (!confidence.exists) return;
+  place.row += confidence.row_shift;
+  place.cols = confidence.cols;
+  float root[8];
+  a8_factored_roots(place, a8_float(0x7f800000u), active, root);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) u[i] = u[i] * root[i];
+}
+
 // With a factored second moment. Returns the sum of the squares of what is stored.
-template <uint32_t kParam, uint32_t kGrad, bool kMomentum>
+template <uint32_t kParam, uint32_t kGrad, a8_momentum kAverages>
 A8_FN float a8_apply_factored(const a8_factor_job& job, char* arena, const a8_nf4_table* table) {
+  const bool kMomentum = kAverages != A8_NO_MOMENTUM;
   typedef a8_stages<kParam == A8_F32 ? 4 : 2, kGrad, kMomentum, false> Stages;
   const bool kEarly = !kMomentum;  // registers are left to empty a stage at once
   Stages stages = {arena, 0};
   const a8_lane_place place = a8_lane_place_of(job);
   const a8_factor_write write = a8_factor_write_of(job);
   a8_matrix_place matrix = a8_matrix_place_of(job);
+  const a8_confidence_place confidence = a8_confidence_place_of(job.tensor);
   uint32_t e = 8 * a8_lane();  // of the chunk
   float accumulators[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
@@ -65,9 +91,14 @@ A8_FN float a8_apply_factored(const a8_factor_job& job, char* arena, const a8_nf
       stages.load(place, e + Stages::kCount * A8_LINE, true);
     }
     a8_factored_roots(matrix, job.bound, active, root);
-    a8_next_line(&matrix);
     if (kMomentum) a8_decode_first(first, place.first_format, place.first + (uint64_t)e * 4, active, table, m);
-    a8_update_eight<kGrad, kMomentum>(job, grad, root, m, u);
+    if (kAverages == A8_OF_UPDATE) {
+      a8_average_update_eight<kGrad>(job, grad, root, a8_signed(write.rule.clipped, job.sign), m);
+      a8_confident_eight(confidence, matrix, active, m, u);
+    } else {
+      a8_update_eight<kGrad, kMomentum>(job, grad, root, m, u);
+    }
+    a8_next_line(&matrix);
     if (kMomentum) a8_put_first(place, e, active, table, m);
     if (!kEarly) {
       stages.read_values(Stages::kParamAt, &param);
@@ -235,16 +266,22 @@ A8_FN float a8_apply_full(const a8_factor_job& job, char* arena, const a8_nf4_ta
 template <uint32_t kParam, uint32_t kGrad, bool kFactored>
 A8_FN float a8_apply_typed(const a8_factor_job& job, char* arena, const a8_nf4_table* table) {
   bool momentum = job.tensor->first_format != A8_NONE;
-  if constexpr (kFactored)
-    return momentum ? a8_apply_factored<kParam, kGrad, true>(job, arena, table)
-                    : a8_apply_factored<kParam, kGrad, false>(job, arena, table);
-  else
+  if constexpr (kFactored) {
+    if (!momentum) return a8_apply_factored<kParam, kGrad, A8_NO_MOMENTUM>(job, arena, table);
+    return a8_averages_update(job) ? a8_apply_factored<kParam, kGrad, A8_OF_UPDATE>(job, arena, table)
+                                   : a8_apply_factored<kParam, kGrad, A8_OF_GRADIENT>(job, arena, table);
+  } else {
     return momentum ? a8_apply_full<kParam, kGrad, true>(job, arena, table)
                     : a8_apply_full<kParam, kGrad, false>(job, arena, table);
+  }
 }
 
-// Whether there is a fast path for these types.
-A8_FN bool a8_applies_warp(const a8_tensor* t) {
+// Whether there is a fast path for these types and this order of averages.
+A8_FN bool a8_applies_warp(const a8_factor_job& job) {
+  const a8_tensor* t = job.tensor;
+  if (a8_averages_update(job) && (t->second_format != A8_FACTORED || t->first_format == A8_NONE ||
+                                  a8_confidence_cols_at(t) + t->cols > 0xffffffffll))
+    return false;
   return t->param_dtype == t->grad_dtype || (t->param_dtype == A8_BF16 && t->grad_dtype == A8_F32);
 }
 

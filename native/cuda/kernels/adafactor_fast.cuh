@@ -56,31 +56,6 @@ A8_FN a8_lane_place a8_lane_place_of(const a8_factor_job& job) {
 
 // --- Loads and stores of a lane's eight. ---
 
-template <uint32_t kDtype>
-struct a8_eight {
-  static const int kWords = kDtype == A8_F32 ? 8 : 4;
-  uint32_t w[kWords];
-};
-
-// kLast: nobody reads it again in this step.
-template <uint32_t kDtype, bool kLast>
-A8_FN void a8_get(a8_eight<kDtype>* x, const void* base, int64_t e) {
-  const uint4* in = reinterpret_cast<const uint4*>(static_cast<const char*>(base) + e * (kDtype == A8_F32 ? 4 : 2));
-#pragma unroll
-  for (int i = 0; i < a8_eight<kDtype>::kWords; i += 4) {
-    uint4 y = kLast ? __ldcs(in + i / 4) : in[i / 4];
-    x->w[i] = y.x, x->w[i + 1] = y.y, x->w[i + 2] = y.z, x->w[i + 3] = y.w;
-  }
-}
-
-template <uint32_t kDtype>
-A8_FN void a8_put(const a8_eight<kDtype>& x, void* base, int64_t e) {
-  uint4* out = reinterpret_cast<uint4*>(static_cast<char*>(base) + e * (kDtype == A8_F32 ? 4 : 2));
-#pragma unroll
-  for (int i = 0; i < a8_eight<kDtype>::kWords; i += 4)
-    __stcs(out + i / 4, make_uint4(x.w[i], x.w[i + 1], x.w[i + 2], x.w[i + 3]));
-}
-
 A8_FN void a8_get_floats(const void* base, int64_t e, float* x) {
   a8_eight<A8_F32> raw;
   a8_get<A8_F32, false>(&raw, base, e);
@@ -117,21 +92,6 @@ A8_FN void a8_decode_first(const a8_first_eight& x, uint32_t format, const void*
   }
 }
 
-// The bits of the largest magnitude of a block, or of a NaN when there is one.
-A8_FN uint32_t a8_most_of_block(const float* m) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
-  float x = m[0];
-#pragma unroll
-  for (int i = 1; i < 8; ++i) asm("max.NaN.xorsign.abs.f32 %0, %0, %1;" : "+f"(x) : "f"(m[i]));
-  uint32_t most = a8_magnitude_bits(x);
-#else
-  uint32_t most = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) most = max(most, a8_magnitude_bits(m[i]));
-#endif
-  return a8_lanes_max<A8_MOMENT_BLOCK / 8>(most);
-}
-
 // Called by whole warps; lanes that are not active hold zeros. e: of the chunk.
 A8_FN void a8_put_first(const a8_lane_place& place, uint32_t e, bool active, const a8_nf4_table* table,
                         const float* m) {
@@ -139,7 +99,7 @@ A8_FN void a8_put_first(const a8_lane_place& place, uint32_t e, bool active, con
     if (active) a8_put_floats(m, const_cast<char*>(place.first) + (uint64_t)e * 4, 0);
     return;
   }
-  uint32_t most = a8_most_of_block(m);
+  uint32_t most = a8_most_of_lanes(m);
   float scale, absmax = a8_float(most);
   bool leader = active && threadIdx.x % (A8_MOMENT_BLOCK / 8) == 0;
   // One branch for the warp: the ranges of exact.cuh, or what has to be guarded.
@@ -285,6 +245,9 @@ A8_FN void a8_new_second_of(bool log8, const uint32_t* codes, a8_log8_header hea
 
 // --- The update. ---
 
+// What the first moment averages.
+enum a8_momentum { A8_NO_MOMENTUM, A8_OF_GRADIENT, A8_OF_UPDATE };
+
 // u before clipping, without the sign of a maximised objective when there is no first moment: a8_update_sign gives it.
 template <uint32_t kGrad, bool kMomentum>
 A8_FN void a8_update_eight(const a8_factor_job& job, const a8_eight<kGrad>& grad, const float* root, float* m,
@@ -295,6 +258,17 @@ A8_FN void a8_update_eight(const a8_factor_job& job, const a8_eight<kGrad>& grad
     float g = a8_value<kGrad>(grad.w, i);
     if (kMomentum) m[i] = job.hyper.beta1 * m[i] + one_minus_beta1 * g;
     u[i] = (kMomentum ? m[i] : g) * root[i];
+  }
+}
+
+// CAME's: m takes the clipped update. clipped: with the sign of a maximised objective.
+template <uint32_t kGrad>
+A8_FN void a8_average_update_eight(const a8_factor_job& job, const a8_eight<kGrad>& grad, const float* root,
+                                   float clipped, float* m) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    float u = a8_value<kGrad>(grad.w, i) * root[i] * clipped;
+    m[i] = job.hyper.beta1 * m[i] + job.hyper.one_minus_beta1 * u;
   }
 }
 

@@ -68,8 +68,9 @@ A8_FN float a8_param_squares(const a8_factor_job& job) {
 
 template <uint32_t kGrad, bool kFactored>
 A8_FN float a8_update_squares_of(const a8_factor_job& job, char* arena, const a8_nf4_table* table) {
-  return job.tensor->first_format != A8_NONE ? a8_update_squares<kGrad, true, kFactored>(job, arena, table)
-                                             : a8_update_squares<kGrad, false, kFactored>(job, arena, table);
+  bool momentum = job.tensor->first_format != A8_NONE && !a8_averages_update(job);
+  return momentum ? a8_update_squares<kGrad, true, kFactored>(job, arena, table)
+                  : a8_update_squares<kGrad, false, kFactored>(job, arena, table);
 }
 
 template <bool kFactored>
@@ -85,7 +86,7 @@ A8_FN void a8_norm_warp(const a8_factor_job& job, char* arena, const a8_nf4_tabl
     else
       param_squares = a8_param_squares<A8_F16>(job);
   }
-  if (job.hyper.clip > 0.0f) {
+  if (a8_needs_squares(job)) {
     if (t->grad_dtype == A8_BF16)
       update_squares = a8_update_squares_of<A8_BF16, kFactored>(job, arena, table);
     else if (t->grad_dtype == A8_F32)

@@ -38,6 +38,26 @@ A8_FN void a8_load_any(const char* at, uint32_t dtype, int exist, uint32_t* w) {
   }
 }
 
+// A run's column sums from registers to shared memory.
+A8_FN void a8_put_columns(const float (*column)[8], float* columns) {
+#pragma unroll
+  for (int k = 0; k < A8_TILE_LINES; ++k)
+#pragma unroll
+    for (int i = 0; i < 8; i += 4)
+      *reinterpret_cast<float4*>(columns + k * A8_LANES + 8 * a8_lane() + i) =
+          make_float4(column[k][i], column[k][i + 1], column[k][i + 2], column[k][i + 3]);
+}
+
+// The runs' column sums, in order. By every thread of the block.
+A8_FN void a8_add_runs(const a8_matrix_tile& tile, const a8_reduce_room* room, float* col_sums) {
+  __syncthreads();
+  for (int col = (int)threadIdx.x; col < tile.cols; col += A8_THREADS) {
+    float total = 0.0f;
+    for (int r = 0; r * A8_RUN_ROWS < tile.rows; ++r) total += room->runs[r][col];
+    col_sums[col] = total;
+  }
+}
+
 // One run of rows by one warp: row sums to `row_sums`, the run's column sums to `columns` in shared memory.
 // at: its first element. kAligned: every row begins at a 16-byte boundary and has whole eights of kDtype; else kDtype is
 // A8_F32, what a8_load_any makes of `dtype`.
@@ -98,12 +118,7 @@ A8_FN void a8_reduce_run(const char* at, int64_t row_bytes, uint32_t dtype, int 
     float sum = a8_fold_two(lanes);
     if (lane % 16 == 0 && row0 + lane / 16 < rows) row_sums[row0 + lane / 16] = sum;
   }
-#pragma unroll
-  for (int k = 0; k < A8_TILE_LINES; ++k)
-#pragma unroll
-    for (int i = 0; i < 8; i += 4)
-      *reinterpret_cast<float4*>(columns + k * A8_LANES + 8 * lane + i) =
-          make_float4(column[k][i], column[k][i + 1], column[k][i + 2], column[k][i + 3]);
+  a8_put_columns(column, columns);
 }
 
 A8_FN void a8_reduce_wide(const a8_matrix_tile& tile, float* row_sums, float* col_sums, a8_reduce_room* room) {
@@ -124,12 +139,7 @@ A8_FN void a8_reduce_wide(const a8_matrix_tile& tile, float* row_sums, float* co
     else
       a8_reduce_run<A8_F32, false>(at, row_bytes, t->grad_dtype, rows, tile.cols, row_sums, columns);
   }
-  __syncthreads();
-  for (int col = (int)threadIdx.x; col < tile.cols; col += A8_THREADS) {
-    float total = 0.0f;
-    for (int r = 0; r * A8_RUN_ROWS < tile.rows; ++r) total += room->runs[r][col];
-    col_sums[col] = total;
-  }
+  a8_add_runs(tile, room, col_sums);
 }
 
 // A tile of a matrix of at most A8_NARROW_COLS columns: its elements are neighbours in memory.

@@ -1,8 +1,8 @@
 // What the phases of an Adafactor step share on a GPU: which part of a batch a block of threads or a warp works on, and
-// sums in the canonical order (a8/geometry.h): element e to accumulator e % A8_LANES, then folded in halves.
+// sums by a warp.
 #pragma once
 
-#include "device.cuh"
+#include "sums.cuh"
 
 #define A8_WARPS (A8_THREADS / 32)
 
@@ -47,38 +47,14 @@ A8_FN float a8_fold_two(float* x) {
   return a8_add_across(a8_add_across(a8_add_across(sum, 8), 4), 2);  // lane bits 3, 2, 1: the accumulator's number
 }
 
-// --- Accumulators of a block of threads: thread t holds accumulator t. ---
-
-// Folds them. room: A8_LANES floats of shared memory. Every thread gets the sum.
-A8_FN float a8_fold_block(float x, float* room) {
-  __syncthreads();  // the room may be in use
-  room[threadIdx.x] = x;
-#pragma unroll
-  for (uint32_t half = A8_LANES / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) room[threadIdx.x] += room[threadIdx.x + half];
-  }
-  __syncthreads();
-  return room[0];
-}
-
-// The sum of n floats of device memory, by a block of threads.
-A8_FN float a8_sum_block(const float* in, int64_t n, float* room) {
-  const int kAhead = 16;  // loads in flight: the additions are one chain
-  float sum = 0.0f;
-  for (int64_t from = threadIdx.x; from < n; from += kAhead * A8_LANES) {
-    float x[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) x[i] = from + i * A8_LANES < n ? in[from + i * A8_LANES] : 0.0f;
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) sum += x[i];
-  }
-  return a8_fold_block(sum, room);
-}
-
 // --- The parts of a batch. ---
 
 A8_FN int64_t a8_tiles_across(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
+
+// Where the column sums of the confidence begin in the scratch, later its column factors; the rows' are at residual_at.
+A8_FN int64_t a8_confidence_cols_at(const a8_tensor* t) {
+  return t->residual_at + (a8_tiles_across(t->cols, A8_TILE_COLS) * t->rows + 3) / 4 * 4;
+}
 
 // A 64-bit division takes a hundred instructions, a 32-bit one twenty.
 A8_FN int64_t a8_row_of(int64_t e, int64_t cols) {
@@ -121,19 +97,24 @@ typedef struct a8_factor_job {
   uint32_t sign;   // flips the gradient when maximising
 } a8_factor_job;
 
-A8_FN a8_factor_job a8_factor_job_of(const a8_batch& batch, float* scratch, a8_chunk unit) {
+A8_FN a8_factor_job a8_factor_job_of(const a8_tensor* t, const a8_hyper* h, float* scratch, uint32_t part) {
   a8_factor_job job;
-  job.tensor = batch.tensors + unit.tensor;
-  job.hyper = batch.hypers[job.tensor->hyper];
+  job.tensor = t;
+  job.hyper = *h;
   job.scratch = scratch;
-  job.row_factor = scratch + job.tensor->row_at;
-  job.col_factor = scratch + job.tensor->col_at;
-  job.sums = scratch + job.tensor->sum_at + A8_TOTALS + unit.part;
-  job.from = (int64_t)unit.part * A8_CHUNK;
-  job.count = (uint32_t)min((long long)(job.tensor->numel - job.from), (long long)A8_CHUNK);
+  job.row_factor = scratch + t->row_at;
+  job.col_factor = scratch + t->col_at;
+  job.sums = scratch + t->sum_at + A8_TOTALS + part;
+  job.from = (int64_t)part * A8_CHUNK;
+  job.count = (uint32_t)min((long long)(t->numel - job.from), (long long)A8_CHUNK);
   job.bound = a8_div(1.0f, job.hyper.eps);
   job.sign = job.hyper.flags & A8_MAXIMIZE ? 0x80000000u : 0u;
   return job;
+}
+
+A8_FN a8_factor_job a8_factor_job_of(const a8_batch& batch, float* scratch, a8_chunk unit) {
+  const a8_tensor* t = batch.tensors + unit.tensor;
+  return a8_factor_job_of(t, batch.hypers + t->hyper, scratch, unit.part);
 }
 
 A8_FN a8_factor_job a8_factor_job_of(const a8_batch& batch, float* scratch, uint32_t index) {
@@ -144,6 +125,13 @@ A8_FN a8_factor_job a8_factor_job_of(const a8_batch& batch, float* scratch, uint
 A8_FN a8_factor_job a8_factor_job_again(const a8_batch& batch, float* scratch, uint32_t index) {
   const volatile a8_chunk* unit = batch.chunks + index;
   return a8_factor_job_of(batch, scratch, {unit->tensor, unit->part});
+}
+
+A8_FN bool a8_averages_update(const a8_factor_job& job) { return job.hyper.flags & A8_AVERAGE_UPDATE; }
+
+// Whether the norm phase is to sum u^2.
+A8_FN bool a8_needs_squares(const a8_factor_job& job) {
+  return job.hyper.clip > 0.0f || (job.tensor->limiter && !a8_averages_update(job));
 }
 
 A8_FN bool a8_scales(const a8_factor_job& job) { return job.hyper.flags & A8_SCALE_PARAMETER; }
@@ -179,7 +167,7 @@ typedef struct a8_factor_write {
 
 A8_FN a8_factor_write a8_factor_write_of(const a8_factor_job& job) {
   const a8_hyper* h = &job.hyper;
-  const float* totals = job.sums - 2 - job.from / A8_CHUNK;
+  const float* totals = job.scratch + job.tensor->sum_at;
   a8_factor_write write;
   float lr = h->lr_device ? *h->lr_device : h->lr;
   write.rule = a8_adafactor_rule_of(h, lr, (float)job.tensor->numel, totals);

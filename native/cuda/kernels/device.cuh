@@ -9,6 +9,9 @@
 
 #define A8_LANE_MASK 0xffffffffu
 
+// Whether the step is to write nothing: asked first by every kernel of a step.
+A8_FN bool a8_skips(const a8_batch& batch) { return batch.skip && *batch.skip != 0.0f; }
+
 // Warp-wide reductions, asynchronous copies, packed conversions. Without them: shuffles, plain loads, a8/math.h.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 #define A8_AMPERE 1

@@ -12,6 +12,50 @@ A8_FN float a8_value(const uint32_t* w, int i) {
   return x;
 }
 
+// --- Loads and stores of a lane's eight neighbours, aligned to 16 bytes. ---
+
+template <uint32_t kDtype>
+struct a8_eight {
+  static const int kWords = kDtype == A8_F32 ? 8 : 4;
+  uint32_t w[kWords];
+};
+
+// kLast: nobody reads it again in this step.
+template <uint32_t kDtype, bool kLast>
+A8_FN void a8_get(a8_eight<kDtype>* x, const void* base, int64_t e) {
+  const uint4* in = reinterpret_cast<const uint4*>(static_cast<const char*>(base) + e * (kDtype == A8_F32 ? 4 : 2));
+#pragma unroll
+  for (int i = 0; i < a8_eight<kDtype>::kWords; i += 4) {
+    uint4 y = kLast ? __ldcs(in + i / 4) : in[i / 4];
+    x->w[i] = y.x, x->w[i + 1] = y.y, x->w[i + 2] = y.z, x->w[i + 3] = y.w;
+  }
+}
+
+template <uint32_t kDtype>
+A8_FN void a8_put(const a8_eight<kDtype>& x, void* base, int64_t e) {
+  uint4* out = reinterpret_cast<uint4*>(static_cast<char*>(base) + e * (kDtype == A8_F32 ? 4 : 2));
+#pragma unroll
+  for (int i = 0; i < a8_eight<kDtype>::kWords; i += 4)
+    __stcs(out + i / 4, make_uint4(x.w[i], x.w[i + 1], x.w[i + 2], x.w[i + 3]));
+}
+
+// The bits of the largest magnitude of 16 lanes' eights, or of a NaN when there is one.
+A8_FN uint32_t a8_most_of_lanes(const float* m) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
+  float x = m[0];
+#pragma unroll
+  for (int i = 1; i < 8; ++i) asm("max.NaN.xorsign.abs.f32 %0, %0, %1;" : "+f"(x) : "f"(m[i]));
+  uint32_t most = a8_magnitude_bits(x);
+#else
+  uint32_t most = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) most = max(most, a8_magnitude_bits(m[i]));
+#endif
+  return a8_lanes_max<16>(most);
+}
+
+// --- Rounding and packing. ---
+
 // Eight values of a 16-bit type, rounded one by one. words: the noise of four pairs, when stochastic.
 template <uint32_t kDtype, bool kStochastic>
 A8_FN void a8_round_eight(const float* x, const uint32_t* words, uint32_t* w) {

@@ -4,7 +4,7 @@
 #include "a8/geometry.h"
 #include "a8/schedule.h"
 
-extern "C" __global__ void __launch_bounds__(A8_THREADS)
+extern "C" __global__ void __launch_bounds__(A8_THREADS, 2)
     a8_derive_kernel(const a8_schedule* schedules, a8_hyper* hypers, uint32_t count, uint32_t advance) {
   uint32_t row = blockIdx.x * A8_THREADS + threadIdx.x;
   if (row >= count || !schedules[row].step) return;
