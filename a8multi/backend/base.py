@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -49,8 +50,40 @@ class Backend(Protocol):
     def elementwise(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
         """One step of the element-wise rule ``plan.rule``: updates parameters and moments in place."""
 
+    def screen(
+        self, plan: StepPlan, scale: Tensor | None, found: Tensor, hypers: np.ndarray, live: Live | None = None
+    ) -> None:
+        """Divides ``plan.grads`` in place and looks at them.
+
+        Args:
+            scale: what to divide by, float32 0-d on the plan's device; None: leaves them.
+            found: float32 0-d there; becomes 1 when one is not finite afterwards, else it stays.
+            hypers, live: of the step that follows, so that its tables are made once.
+        """
+
     def adafactor(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
         """One Adafactor step: updates parameters and moments in place."""
+
+    def sums(self, plan: StepPlan, hypers: np.ndarray) -> list[tuple[Tensor, Tensor]]:
+        """Sums of the squared gradients over each row and over each column of every item, float32 [rows] and [cols].
+
+        They may lie in the plan's scratch, where the next call with this plan overwrites them: a plan is for this or
+        for ``adafactor_scaled``, not for both.
+        """
+
+    def adafactor_scaled(
+        self,
+        plan: StepPlan,
+        factors: Sequence[tuple[Tensor | None, Tensor | None]],
+        hypers: np.ndarray,
+        live: Live | None = None,
+    ) -> None:
+        """Adafactor's norm and apply phases with given factors in the place of those of 1 / sqrt(v).
+
+        Args:
+            factors: for each item those of its rows [rows] and of its columns [cols]; None: 1 for all. The same of the
+                two at every step of a plan.
+        """
 
     def quantize(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -43,6 +45,7 @@ def batch_of(plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> tu
         tile_count=len(plan.tiles),
         hyper_count=len(hypers),
         rule=int(plan.rule),
+        skip=plan.skip.data_ptr() if plan.skip is not None else None,
     )
     first, batch.hypers, batch.tensors, batch.chunks, batch.tiles = at
     return batch, first
@@ -55,6 +58,17 @@ def scratch_of(plan: StepPlan, live: Live | None) -> Tensor:
     scratch = torch.empty(plan.scratch_floats, dtype=torch.float32, device=plan.device)
     live.kept.append(scratch)
     return scratch
+
+
+def put_factors(plan: StepPlan, factors: Sequence[tuple[Tensor | None, Tensor | None]]) -> None:
+    """Copies given factors to where the norm and apply phases read them; one launch for all."""
+    pairs = [
+        (place, given)
+        for places, pair in zip(plan.factors, factors, strict=True)
+        for place, given in zip(places, pair, strict=True)
+        if given is not None
+    ]
+    torch._foreach_copy_([place for place, _ in pairs], [given for _, given in pairs])
 
 
 _NOTHING = np.empty(0, SCHEDULE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -98,8 +99,31 @@ class NativeBackend:
         scratch = marshal.scratch_of(plan, live) if has_norm(plan.rule) else None
         self._step("a8_elementwise", plan, hypers, live, phases, scratch=scratch)
 
+    def screen(
+        self, plan: StepPlan, scale: Tensor | None, found: Tensor, hypers: np.ndarray, live: Live | None = None
+    ) -> None:
+        batch, _ = marshal.batch_of(plan, hypers, live)
+        divisor = None if scale is None else scale.data_ptr()
+        self._call("a8_screen", plan.device, ctypes.byref(batch), divisor, found.data_ptr())
+
     def adafactor(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
         self._step("a8_adafactor", plan, hypers, live, int(plan.phases), scratch=marshal.scratch_of(plan, live))
+
+    def sums(self, plan: StepPlan, hypers: np.ndarray) -> list[tuple[Tensor, Tensor]]:
+        factors = plan.factors
+        self._step("a8_adafactor", plan, hypers, None, int(structs.Phase.REDUCE), scratch=plan.scratch)
+        return factors
+
+    def adafactor_scaled(
+        self,
+        plan: StepPlan,
+        factors: Sequence[tuple[Tensor | None, Tensor | None]],
+        hypers: np.ndarray,
+        live: Live | None = None,
+    ) -> None:
+        marshal.put_factors(plan, factors)
+        phases = int(structs.Phase.NORM | structs.Phase.APPLY)
+        self._step("a8_adafactor", plan, hypers, live, phases, scratch=plan.scratch)
 
     def quantize(
         self,

@@ -146,12 +146,17 @@ def stochastic_f16(x: Tensor, halves: Tensor) -> Tensor:
     return torch.where(x.isfinite(), torch.copysign(rounded, x), x)
 
 
-def store(x: Tensor, target: Tensor, start: int, noise: Noise | None = None) -> None:
-    """Writes float32 [n] over elements ``start`` on of ``target``; rounds stochastically when given noise."""
+def write(x: Tensor, target: Tensor, skip: Tensor | None) -> None:
+    """Copies x, in the target's type; where the bool 0-d ``skip`` is true the target stays, without a look at it."""
+    target.copy_(x if skip is None else torch.where(skip, target, x.to(target.dtype)))
+
+
+def store(x: Tensor, target: Tensor, start: int, noise: Noise | None = None, skip: Tensor | None = None) -> None:
+    """``write``, over elements ``start`` on of ``target``; rounds stochastically when given noise."""
     if noise is not None and target.dtype != torch.float32:
         halves = noise_halves(noise, start, x.numel(), x.device)
         x = stochastic_bf16(x, halves) if target.dtype == torch.bfloat16 else stochastic_f16(x, halves)
-    target.view(-1)[start : start + x.numel()].copy_(x)
+    write(x, target.view(-1)[start : start + x.numel()], skip)
 
 
 # --- log8. ---
@@ -185,7 +190,7 @@ def _log8_header(low: Tensor, high: Tensor, before: Tensor | None) -> tuple[Tens
     old_low, old_step = _unpacked(before)
     fits = (low >= old_low) & (high <= old_low + 254 * old_step) & (old_step - tight_step <= old_step >> _LOG8_KEEP)
     room = (high - low) >> _LOG8_ROOM
-    roomy = (low - room >= _LOG8_SMALLEST) & (high + room < _LOG8_INFINITY)
+    roomy = (low - room >= _LOG8_SMALLEST) & (high < _LOG8_INFINITY - room)
     room = torch.where(roomy & (low != 0) & (old_low != 0), room, 0)
     new_low, new_step = _log8_tight(low - room, high + room)
     keep = fits & (low != 0) & (old_low != 0)
@@ -302,13 +307,15 @@ def encode(
     start: int,
     phase: int | None,
     keep_grid: bool = False,
+    skip: Tensor | None = None,
 ) -> None:
     """Writes float32 [n] into the codes and headers from element ``start`` on.
 
     phase: of the tensor's first element, for log8; None: to nearest. keep_grid: log8 headers stay while they fit.
+    skip: as in ``write``.
     """
     if blocks is None:
-        store(x, codes, start)
+        store(x, codes, start, skip=skip)
         return
     if fmt.name == "log8":
         drawn = None if phase is None else offsets(phase, start, x.numel(), x.device)
@@ -316,8 +323,8 @@ def encode(
         new_codes, new_blocks = encode_log8(x, block_size, drawn, before)
     else:
         new_codes, new_blocks = {"int8": encode_int8, "nf4": encode_nf4}[fmt.name](x, block_size)
-    _codes(codes, fmt, start, x.numel()).copy_(new_codes)
-    _headers(blocks, block_size, start, x.numel()).copy_(new_blocks)
+    write(new_codes, _codes(codes, fmt, start, x.numel()), skip)
+    write(new_blocks, _headers(blocks, block_size, start, x.numel()), skip)
 
 
 def decode(fmt: StateFormat, codes: Tensor, blocks: Tensor | None, block_size: int, start: int, stop: int) -> Tensor:

@@ -133,7 +133,7 @@ def test_automatic_choice_falls_back_and_says_why(
     assert (report.name, report.available) == ("cuda", False)
     assert_reason(report.reason, path, fault)
     assert_reason(a8multi.explain(), path, fault)
-    assert f"adam on cuda:0: {expected}" in a8multi.explain()
+    assert f"elementwise on cuda:0: {expected}" in a8multi.explain()
     assert f"; cuda: {path}" in why("cuda:0", {"elementwise": expected}, registry.backends("cuda:0"))
 
 
@@ -163,7 +163,7 @@ def test_info_says_why(
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
     assert_reason(printed, path, fault)
-    assert "adam on cuda:0: torch" in printed
+    assert "elementwise on cuda:0: torch" in printed
 
 
 def test_a_library_that_fits_is_chosen(machine: Callable[..., None], install: Callable[..., Path]) -> None:
@@ -198,8 +198,8 @@ def test_each_device_gets_the_backend_that_fits_it(
     assert "cuda:1 (Stub GPU) has compute capability 8.6" in here.detail
     assert [registry.backends(f"cuda:{index}")[0].available for index in (0, 1)] == [True, False]
     text = a8multi.explain()
-    assert "adam on cuda:0: cuda" in text
-    assert "adam on cuda:1: cupy\n    not cuda: " in text
+    assert "elementwise on cuda:0: cuda" in text
+    assert "elementwise on cuda:1: cupy\n    not cuda: " in text
     assert "cuda:1 (Stub GPU) has" in why("cuda:1", {"elementwise": "cupy"}, registry.backends("cuda:1"))
     assert "has compute capability" not in why("cuda:0", {"elementwise": "cuda"}, registry.backends("cuda:0"))
     # Without a number it is the current one, which changes.

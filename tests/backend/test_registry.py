@@ -307,11 +307,11 @@ def test_explain_names_backends_choice_and_paths(monkeypatch: pytest.MonkeyPatch
         assert report.name in text
         assert (report.path or "") in text
     assert "automatic" in text
-    assert "adam on cpu: cpu" in text
+    assert "elementwise on cpu: cpu" in text
     monkeypatch.setenv("A8MULTI_BACKEND", "torch,cpu")
     text = a8multi.explain()
     assert "forced to torch, cpu" in text
-    assert "adam on cpu: torch" in text
+    assert "elementwise on cpu: torch" in text
 
 
 def test_explain_never_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import a8multi
-import a8multi.backend.torch as torch_backend
 from a8multi.backend import torch_formats as formats
+from a8multi.backend import torch_step
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A partial block, an odd number of elements, one past a chunk, less than a block.
@@ -148,14 +148,14 @@ def test_slices_do_not_matter(kind, monkeypatch):
     # Without clipping Adafactor's only sums across slices are the means of the columns.
     options |= {"beta1": 0.9, "d": 0.0, "scale_parameter": False, "factored": False} if kind == "Adafactor8bit" else {}
     expected = train("torch", **options)
-    monkeypatch.setattr(torch_backend, "SLICE", 4096)
+    monkeypatch.setattr(torch_step, "SLICE", 4096)
     assert_same_bits(train("torch", **options), expected)
 
 
 def test_factored_slices_that_cut_rows(monkeypatch):
     start = tensors(1.0, torch.float32, 0)
     expected = train("torch", "Adafactor8bit", steps=1)
-    monkeypatch.setattr(torch_backend, "SLICE", 4096)
+    monkeypatch.setattr(torch_step, "SLICE", 4096)
     for before, ours, theirs in zip(start, train("torch", "Adafactor8bit", steps=1), expected, strict=True):
         step = float((theirs["param"] - before).abs().max())
         assert torch.allclose(ours["param"], theirs["param"], rtol=1e-6, atol=1e-5 * step)

@@ -1,4 +1,4 @@
-"""Float64 references of Adafactor, written from the paper and the public docstring: one pure function a rule.
+"""Float64 references of Adafactor and CAME, from the papers and the public docstrings: one pure function a rule.
 
 Receive and return float64 tensors; nothing is shared with the package under test.
 """
@@ -12,10 +12,16 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """first: moving average of the gradient, or None. second: of its square, or (row means, column means)."""
+    """first: moving average of the gradient, or None. second: of its square, or (row means, column means).
+
+    confidence: CAME's, (row means, column means), or None. norm: of the last update that was not zero, 0.0 before
+    the first; None: it is not limited.
+    """
 
     first: Tensor | None
     second: Tensor | tuple[Tensor, Tensor]
+    confidence: tuple[Tensor, Tensor] | None = None
+    norm: float | None = None
 
 
 def rms(x: Tensor) -> float:
@@ -46,6 +52,26 @@ def root(second: Tensor | tuple[Tensor, Tensor], shape: tuple[int, ...], eps1: f
     return second.sqrt().clamp(min=eps1)
 
 
+def limited(u: Tensor, last: float | None, growth: float) -> tuple[Tensor, float | None]:
+    """Chen et al. 2024 (Fira), arXiv:2410.01623, section 3.3: the update's norm is at most ``growth`` times the last.
+
+    Returns the update and its norm, which is the last one of the next step. A zero update neither has nor leaves one.
+    """
+    norm = math.sqrt(float((u * u).sum()))
+    if last is None or norm == 0.0:
+        return u, last
+    if last > 0.0 and norm / last > growth:
+        return u / norm * growth * last, growth * last
+    return u, norm
+
+
+def confidence_of(residual: Tensor, old: tuple[Tensor, Tensor], beta3: float, eps3: float) -> tuple[Tensor, Tensor]:
+    """CAME's averages of a squared residual over rows and columns. Means replace sums."""
+    matrix = (residual * residual + eps3).reshape(len(old[0]), len(old[1]))
+    row, col = (beta3 * held + (1 - beta3) * matrix.mean(dim) for held, dim in zip(old, (1, 0), strict=True))
+    return row, col
+
+
 def adafactor(
     param: Tensor,
     grad: Tensor,
@@ -64,12 +90,25 @@ def adafactor(
     relative_step: bool = True,
     scale_parameter: bool = True,
     scale_weight_decay: bool = True,
+    beta3: float = 0.0,
+    eps3: float = 1e-16,
+    growth: float = 1.01,
 ) -> tuple[Tensor, Moments]:
-    """One step. Shazeer & Stern 2018, arXiv:1804.04235, Algorithms 4 and 5; the rest from Adafactor8bit's docstring."""
+    """One step. Shazeer & Stern 2018, arXiv:1804.04235, Algorithms 4 and 5; the rest from Adafactor8bit's docstring.
+
+    With a confidence: as adafactor8bit 0.2.4 orders CAME, whose confidence multiplies the second moment.
+    """
     gradient = -grad if maximize else grad
     second = second_moment(gradient, old.second, beta2_at(step, beta2, beta2_decay))
     first = None if old.first is None or beta1 is None else beta1 * old.first + (1 - beta1) * gradient
-    u = (gradient if first is None else first) / root(second, tuple(param.shape), eps1)
+    averaged = gradient if first is None else first
+    roots = root(second, tuple(param.shape), eps1)
+    confidence = old.confidence
+    if confidence is not None:
+        confidence = confidence_of((gradient - averaged) / roots, confidence, beta3, eps3)
+        product = tuple(v * s for v, s in zip(second, confidence, strict=True))
+        roots = root((product[0], product[1]), tuple(param.shape), eps1)
+    u, norm = limited(averaged / roots, old.norm, growth)
 
     rho = min(lr, 1 / math.sqrt(step)) if relative_step else lr
     alpha = rho * max(eps2, rms(param)) if scale_parameter else rho
@@ -79,4 +118,35 @@ def adafactor(
             alpha *= math.sqrt(1 - beta2**step)
     decay = weight_decay * (alpha if scale_weight_decay else rho)
     clip = max(1.0, rms(u) / d) if d > 0 else 1.0
-    return param * (1 - decay) - alpha / clip * u, Moments(first, second)
+    return param * (1 - decay) - alpha / clip * u, Moments(first, second, confidence, norm)
+
+
+def came(
+    param: Tensor,
+    grad: Tensor,
+    old: Moments,
+    *,
+    lr: float,
+    betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+    eps: tuple[float, float] = (1e-15, 1e-16),
+    d: float = 1.0,
+    weight_decay: float = 0.0,
+    growth: float = 1.01,
+) -> tuple[Tensor, Moments]:
+    """One step of CAME. Luo et al. 2023, arXiv:2307.02047, Algorithm 2; decoupled weight decay.
+
+    eps: least root of the second moment, where the paper adds eps1 to the squared gradient; and its eps2. Without a
+    confidence the step is the average of the clipped update.
+    """
+    assert old.first is not None
+    second = second_moment(grad, old.second, betas[1])
+    u = grad / root(second, tuple(param.shape), eps[0])
+    u = u / max(1.0, rms(u) / d) if d > 0 else u
+    first = betas[0] * old.first + (1 - betas[0]) * u
+    confidence, step = old.confidence, first
+    if confidence is not None:
+        confidence = confidence_of(u - first, confidence, betas[2], eps[1])
+        row, col = confidence
+        step = first / (row[:, None] * col[None, :] / row.mean()).sqrt().reshape(param.shape)
+    step, norm = limited(step, old.norm, growth)
+    return param * (1 - lr * weight_decay) - lr * step, Moments(first, second, confidence, norm)

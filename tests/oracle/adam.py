@@ -6,7 +6,7 @@ Receive and return float64 tensors of one shape; nothing is shared with the pack
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,6 +16,16 @@ class Moments(NamedTuple):
 
     first: Tensor
     second: Tensor
+
+
+class Options(NamedTuple):
+    """What both rules take, under torch.optim's names."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    maximize: bool = False
 
 
 def moments(grad: Tensor, old: Moments, betas: tuple[float, float]) -> Moments:
@@ -30,39 +40,24 @@ def update(new: Moments, step: int, betas: tuple[float, float], eps: float) -> T
     return m_hat / (v_hat.sqrt() + eps)
 
 
-def adamw(
-    param: Tensor,
-    grad: Tensor,
-    old: Moments,
-    step: int,
-    *,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 1e-2,
-    maximize: bool = False,
-) -> tuple[Tensor, Moments]:
-    """Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2, the decay multiplied by lr as in torch.optim.AdamW."""
-    new = moments(-grad if maximize else grad, old, betas)
-    return param - lr * weight_decay * param - lr * update(new, step, betas, eps), new
+def adamw(param: Tensor, grad: Tensor, old: Moments, step: int, **options: Any) -> tuple[Tensor, Moments]:
+    """Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2, the decay multiplied by lr as in torch.optim.AdamW.
+
+    options: as ``Options``.
+    """
+    o = Options(**options)
+    new = moments(-grad if o.maximize else grad, old, o.betas)
+    return param - o.lr * o.weight_decay * param - o.lr * update(new, step, o.betas, o.eps), new
 
 
-def adam(
-    param: Tensor,
-    grad: Tensor,
-    old: Moments,
-    step: int,
-    *,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-) -> tuple[Tensor, Moments]:
-    """Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1, with the L2 term added to the gradient that is minimised."""
-    gradient = (-grad if maximize else grad) + weight_decay * param
-    new = moments(gradient, old, betas)
-    return param - lr * update(new, step, betas, eps), new
+def adam(param: Tensor, grad: Tensor, old: Moments, step: int, **options: Any) -> tuple[Tensor, Moments]:
+    """Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1, with the L2 term added to the gradient that is minimised.
+
+    options: as ``Options``.
+    """
+    o = Options(**options)
+    new = moments((-grad if o.maximize else grad) + o.weight_decay * param, old, o.betas)
+    return param - o.lr * update(new, step, o.betas, o.eps), new
 
 
 def average_after(values: list[float], beta: float) -> float:
