@@ -15,22 +15,20 @@ from a8multi.loader.structs import Flag, ScheduleRule
 from a8multi.plan import Moments, MomentSpec, Schedule
 from a8multi.quant.formats import check_block_size
 
-from .adamw import common_flags, moment_spec
-from .base import LowBitOptimizer, check_flag, check_lr, check_number, check_seed
+from .base import check_flag, check_lr, check_number, check_seed
+from .elementwise import averages, common_flags, moment_spec, options
+from .projected import ProjectedOptimizer
 from .roster import Group
 
 # Its square is the smallest normal float32: below it 1 / eps1 would meet a second moment that underflowed to zero.
 _LEAST_EPS1 = 1.1e-19
 _FIRST_FORMATS = ("nf4", "int8", "bf16", "fp32")
-# Options of adafactor8bit 0.2.4 that are not offered yet: what they are, and the value that leaves them off.
-_LATER = {
-    "beta3": ("CAME", None),
-    "apollo_rank": ("APOLLO", 0),
-    "enable_fira_for_adafactor": ("Fira's limiter", False),
-}
+_CAME_ORDERS = ("paper", "adafactor8bit")
+# Added to CAME's squared residual (the paper's epsilon_2).
+CONFIDENCE_EPS = 1e-16
 
 
-class Adafactor8bit(LowBitOptimizer):
+class Adafactor8bit(ProjectedOptimizer):
     r"""Adafactor with an optional first moment, its element-wise state quantised. Alias: ``Adafactor8Bit``.
 
     Names and defaults are those of the package ``adafactor8bit`` 0.2.4. Without ``beta1`` and with float32 state
@@ -55,7 +53,8 @@ class Adafactor8bit(LowBitOptimizer):
         beta1: decay of the first moment, in [0, 1); None: no first moment.
         beta2: fixed decay of the second moment, in [0, 1); None: ``1 - t ** beta2_decay``.
         beta2_decay: <= 0.
-        beta3: CAME; not available in this version.
+        beta3: decay of CAME's confidence, in [0, 1): a large one, such as 0.9999. Needs ``beta1``, and ``factored``.
+            None: no confidence. See ``came_order`` and :class:`CAME8bit`.
         eps: (eps1, eps2). eps1 bounds the root of the second moment from below; None: the machine epsilon of each
             parameter's own dtype. eps2 bounds the parameter's RMS in the step size.
         weight_decay: >= 0, decoupled; see ``scale_weight_decay``.
@@ -71,18 +70,29 @@ class Adafactor8bit(LowBitOptimizer):
         min_8bit_size: parameters with fewer elements keep float32 state.
         use_cuda_kernel: False: run on the ``torch`` backend.
         scale_weight_decay: weight decay uses :math:`\alpha` (True) or :math:`\rho`.
+        enable_fira_for_adafactor: limit the growth of the update's norm from one step to the next (Fira's norm-growth
+            limiter). Zero updates are not remembered: they say nothing of how large the next may be.
+        fira_margin: by how much the norm may grow, >= 0; 0.01 is one per cent.
+        came_order: what ``beta3`` does: "paper" (the first moment averages the clipped update, and the step is that
+            average over the root of the confidence) or "adafactor8bit" (as that package: the first moment averages the
+            gradient, and the confidence multiplies the second moment).
         first_moment: "nf4" (packed, 4 bits), "int8", "bf16" or "fp32".
         stochastic_rounding: of log8 codes, see :class:`AdamW8bit`.
         stochastic_rounding_writeback: round bfloat16 and float16 parameters stochastically when they are written.
         seed: of the noise, 0 to 2**64 - 1.
         capturable: steps may be captured in a CUDA graph, see :class:`AdamW8bit`. ``beta2_decay`` and ``relative_step``
             go on from replay to replay.
-        apollo_rank, apollo_update_proj_gap, apollo_scale_type, apollo_eps, apollo_factorize, enable_fira_for_adafactor,
-            fira_margin: APOLLO and Fira; not available in this version.
+        skip_nonfinite: see :class:`AdamW8bit`.
+        apollo_rank: of APOLLO's projection, for parameters of two or more dimensions; 0: no projection. One above the
+            smaller dimension of a matrix is lowered to it.
+        apollo_update_proj_gap: steps after which another random projection is drawn, >= 1.
+        apollo_scale_type: "channel" (each row or column of the gradient has its scale) or "tensor" (one for all).
+        apollo_scale: factor of these scales, under a root: 1, or 128 for rank 1 with "tensor" (APOLLO-Mini).
+        apollo_eps: added to the root of the projected second moment, > 0.
+        apollo_factorize: keep the projected second moment as row and column means.
 
     Raises:
         ValueError: naming the parameter that is not valid.
-        NotImplementedError: CAME, APOLLO or Fira was asked for.
 
     State: row and column means in float32 (0.01 bytes a parameter for a 768 x 3072 matrix), or one byte a parameter
     when not factored; 0.53 bytes more for an nf4 first moment, 1.03 for int8.
@@ -93,7 +103,8 @@ class Adafactor8bit(LowBitOptimizer):
     is resolved for each parameter. From ``adafactor8bit`` 0.2.4: row and column means are not quantised; the update
     uses the first moment before it is quantised; block sizes are powers of two.
 
-    Source: Shazeer & Stern 2018, arXiv:1804.04235, Algorithms 4 and 5; section 8 for beta2_decay.
+    Source: Shazeer & Stern 2018, arXiv:1804.04235, Algorithms 4 and 5; section 8 for beta2_decay. CAME: Luo et al.
+    2023, arXiv:2307.02047, Algorithm 2. Limiter: Chen et al. 2024, arXiv:2410.01623, section 3.3.
 
     Example:
         >>> optimizer = a8multi.Adafactor8bit(model.parameters(), lr=1e-3, relative_step=False, beta2=0.999)
@@ -107,6 +118,9 @@ class Adafactor8bit(LowBitOptimizer):
         "block_size",
         "m_block_size",
         "min_8bit_size",
+        "enable_fira_for_adafactor",
+        "apollo_rank",
+        "apollo_factorize",
     )
 
     def __init__(
@@ -143,16 +157,15 @@ class Adafactor8bit(LowBitOptimizer):
         stochastic_rounding_writeback: bool = False,
         seed: int = 0,
         capturable: bool = False,
+        skip_nonfinite: bool = False,
+        came_order: str = "paper",
+        apollo_scale: float = 1.0,
     ) -> None:
-        defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
-        super().__init__(params, defaults)
+        super().__init__(params, options(locals()))
 
     def _check_group(self, group: Group) -> None:
-        for name, (what, off) in _LATER.items():
-            if group[name] != off:
-                raise NotImplementedError(f"{name}={group[name]!r}: {what} is not available yet; leave {name}={off!r}")
         check_lr(group["lr"])
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "beta3"):
             if group[name] is not None:
                 check_number(name, group[name], 0.0, 1.0)
         if not (isinstance(group["beta2_decay"], (int, float)) and -math.inf < group["beta2_decay"] <= 0):
@@ -167,36 +180,50 @@ class Adafactor8bit(LowBitOptimizer):
         check_number("min_8bit_size", group["min_8bit_size"], 0)
         check_seed(group["seed"])
         check_flag("capturable", group["capturable"])
+        check_flag("skip_nonfinite", group["skip_nonfinite"])
+        check_flag("enable_fira_for_adafactor", group["enable_fira_for_adafactor"])
+        check_number("fira_margin", group["fira_margin"], 0.0)
+        if group["came_order"] not in _CAME_ORDERS:
+            raise ValueError(f"came_order must be one of {', '.join(_CAME_ORDERS)}, not {group['came_order']!r}")
+        if group["beta3"] is not None and (group["beta1"] is None or not group["factored"]):
+            raise ValueError(
+                f"beta3={group['beta3']!r} needs a first moment and row and column statistics: set beta1, and leave "
+                f"factored=True"
+            )
         check_block_size("block_size", group["block_size"])
         check_block_size("m_block_size", group["m_block_size"])
         if group["first_moment"] not in _FIRST_FORMATS:
             raise ValueError(f"first_moment must be one of {', '.join(_FIRST_FORMATS)}, not {group['first_moment']!r}")
 
+        self._check_apollo(group)
+
     def _moments(self, group: Group, param: Tensor) -> Moments:
+        if self._is_projected(group, param):
+            return self._projected_moments(group, param)
         min_numel = group["min_8bit_size"]
         first = second = None
         if group["beta1"] is not None:
             name = group["first_moment"] if group["quantize"] else "fp32"
-            first = moment_spec(name, group["m_block_size"], param, min_numel)
+            first = moment_spec(name, group["m_block_size"], param.numel(), min_numel)
         if param.ndim >= 2 and group["factored"]:
             second = MomentSpec(None)
         else:
             name = "log8" if group["quantize"] else "fp32"
-            second = moment_spec(name, group["block_size"], param, min_numel)
-        return Moments(first, second)
+            second = moment_spec(name, group["block_size"], param.numel(), min_numel)
+        third = MomentSpec(None) if group["beta3"] is not None and second.format is None else None
+        return Moments(first, second, third, group["enable_fira_for_adafactor"])
 
     def _hyper(self, group: Group, dtype: torch.dtype) -> dict[str, Any]:
-        beta1, beta2 = group["beta1"] or 0.0, group["beta2"] or 0.0
         eps1, eps2 = group["eps"]
         flags = Flag.SCALE_PARAMETER if group["scale_parameter"] else Flag(0)
         flags |= Flag.SCALE_DECAY if group["scale_weight_decay"] else Flag(0)
+        flags |= Flag.AVERAGE_UPDATE if _is_came(group) else Flag(0)
         return {
-            "beta1": beta1,
-            "beta2": beta2,
-            "one_minus_beta1": 1.0 - beta1,
-            "one_minus_beta2": 1.0 - beta2,
+            **averages(*(group[name] or 0.0 for name in ("beta1", "beta2", "beta3"))),
             "eps": max(torch.finfo(dtype).eps if eps1 is None else eps1, _LEAST_EPS1),
             "eps2": eps2,
+            "eps3": CONFIDENCE_EPS,
+            "growth": 1.0 + group["fira_margin"],
             "weight_decay": group["weight_decay"],
             "clip": group["d"],
             "flags": int(flags) | common_flags(group),
@@ -206,7 +233,7 @@ class Adafactor8bit(LowBitOptimizer):
         rules = ScheduleRule(0)
         if group["relative_step"]:
             rules |= ScheduleRule.RELATIVE_STEP
-        elif group["beta1"] is not None:
+        elif group["beta1"] is not None and not _is_came(group):
             rules |= ScheduleRule.CORRECT_BIAS
         beta1 = float(group["beta1"] or 0.0)
         if group["beta2"] is None:
@@ -218,3 +245,11 @@ class Adafactor8bit(LowBitOptimizer):
             return super()._backend(device)
         with use_backend("torch"):
             return backend_for(device, self._op)
+
+
+def _is_came(group: Group) -> bool:
+    """Whether the first moment averages the update, as in the paper, which has no bias corrections."""
+    return group["beta3"] is not None and group["came_order"] == "paper"
+
+
+Adafactor8Bit = Adafactor8bit  # the name that the package adafactor8bit gives it

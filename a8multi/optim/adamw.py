@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from a8multi.loader.structs import Flag, ScheduleRule
-from a8multi.plan import Moments, MomentSpec, Schedule
-from a8multi.quant.formats import FORMATS, check_block_size
+from a8multi.loader.structs import Flag, RuleKind, ScheduleRule
+from a8multi.plan import Schedule
 
-from .base import LowBitOptimizer, check_flag, check_lr, check_number, check_seed
+from .base import check_number
+from .elementwise import SIZES, ElementwiseOptimizer, averages, check_betas, options
 from .roster import Group
 
-_FIRST_FORMATS = ("int8", "nf4", "bf16", "fp32")
-_SECOND_FORMATS = ("log8", "fp32")
 
-
-class AdamW8bit(LowBitOptimizer):
+class AdamW8bit(ElementwiseOptimizer):
     r"""AdamW with quantised moments: decoupled weight decay, as in :class:`torch.optim.AdamW`.
 
     State: 2.06 bytes a parameter with the defaults (one code for each moment, 8 bytes of headers a block of 128).
@@ -47,6 +43,9 @@ class AdamW8bit(LowBitOptimizer):
             that follows from it is computed there, at every replay; a learning rate that is a tensor on the device is
             read there too, while anything else is as it was at the capture. Take a step before the capture. The bits
             are those of the same steps without a graph. On other devices nothing but the type of ``step`` changes.
+        skip_nonfinite: skip a step whose gradients are not all finite, and do not count it. Decided on the device and
+            not read back; ``skipped_steps`` tells how many there were. With torch.amp.GradScaler the gradients are
+            unscaled by the step too. Steps are counted in tensors, as with ``capturable``.
 
     Raises:
         ValueError: naming the parameter that is not valid.
@@ -64,9 +63,8 @@ class AdamW8bit(LowBitOptimizer):
         >>> optimizer.step()
     """
 
-    _op = "elementwise"
-    _format_options = ("first_moment", "second_moment", "block_size", "min_quantized_numel")
-    _decay_flag: ClassVar[int] = 0
+    _rule = RuleKind.ADAM
+    _format_options = ("first_moment", "second_moment", *SIZES)
 
     def __init__(
         self,
@@ -85,61 +83,17 @@ class AdamW8bit(LowBitOptimizer):
         stochastic_rounding_writeback: bool = False,
         seed: int = 0,
         capturable: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "maximize": maximize,
-                "first_moment": first_moment,
-                "second_moment": second_moment,
-                "block_size": block_size,
-                "min_quantized_numel": min_quantized_numel,
-                "stochastic_rounding": stochastic_rounding,
-                "stochastic_rounding_writeback": stochastic_rounding_writeback,
-                "seed": seed,
-                "capturable": capturable,
-            },
-        )
+        super().__init__(params, options(locals()))
 
     def _check_group(self, group: Group) -> None:
-        check_lr(group["lr"])
-        betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise ValueError(f"betas must be two numbers, not {betas!r}")
-        check_number("betas[0]", betas[0], 0.0, 1.0)
-        check_number("betas[1]", betas[1], 0.0, 1.0)
+        super()._check_group(group)
+        check_betas(group["betas"], 2)
         check_number("eps", group["eps"], 0.0)
-        check_number("weight_decay", group["weight_decay"], 0.0)
-        check_number("min_quantized_numel", group["min_quantized_numel"], 0)
-        check_seed(group["seed"])
-        check_flag("capturable", group["capturable"])
-        check_block_size("block_size", group["block_size"])
-        for name, known in (("first_moment", _FIRST_FORMATS), ("second_moment", _SECOND_FORMATS)):
-            if group[name] not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, not {group[name]!r}")
 
-    def _moments(self, group: Group, param: Tensor) -> Moments:
-        return Moments(
-            moment_spec(group["first_moment"], group["block_size"], param, group["min_quantized_numel"]),
-            moment_spec(group["second_moment"], group["block_size"], param, group["min_quantized_numel"]),
-        )
-
-    def _hyper(self, group: Group, dtype: torch.dtype) -> dict[str, Any]:
-        beta1, beta2 = group["betas"]
-        flags = self._decay_flag if group["weight_decay"] else 0
-        return {
-            "beta1": beta1,
-            "beta2": beta2,
-            "one_minus_beta1": 1.0 - beta1,
-            "one_minus_beta2": 1.0 - beta2,
-            "eps": group["eps"],
-            "weight_decay": group["weight_decay"],
-            "flags": flags | common_flags(group),
-        }
+    def _fields(self, group: Group) -> dict[str, Any]:
+        return {**averages(*group["betas"]), "eps": group["eps"]}
 
     def _schedule(self, group: Group) -> Schedule:
         beta1, beta2 = group["betas"]
@@ -172,19 +126,3 @@ class Adam8bit(AdamW8bit):
         **options: Any,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, **options)
-
-
-def moment_spec(name: str, block_size: int, param: Tensor, min_numel: int) -> MomentSpec:
-    """The format of that name, or float32 where the parameter is too small to be quantised."""
-    fmt = FORMATS[name]
-    if not fmt.quantized:
-        return MomentSpec(fmt)
-    return MomentSpec(fmt, block_size) if param.numel() >= min_numel else MomentSpec(FORMATS["fp32"])
-
-
-def common_flags(group: Group) -> int:
-    """Bits of ``a8_hyper.flags`` that every optimizer has."""
-    flags = Flag.MAXIMIZE if group["maximize"] else 0
-    flags |= Flag.STOCHASTIC_STATE if group["stochastic_rounding"] else 0
-    flags |= Flag.STOCHASTIC_WRITE if group["stochastic_rounding_writeback"] else 0
-    return int(flags)

@@ -23,6 +23,12 @@ from a8multi.plan.step_plan import DTYPES
 from . import state as state_of
 from .hypers import hypers_of
 from .roster import Group, Roster, Work
+from .screen import Screen
+
+# Options that say how the optimizer runs, not what it computes.
+_OF_THE_RUN = ("capturable", "skip_nonfinite")
+# Options that say which moments there are. They are loaded with a state, unlike formats, which have to be equal.
+_OF_MOMENTS = ("beta1", "beta3", "momentum", "centered")
 
 
 class LowBitOptimizer(torch.optim.Optimizer):
@@ -35,8 +41,9 @@ class LowBitOptimizer(torch.optim.Optimizer):
     _format_options: ClassVar[tuple[str, ...]]
 
     def __init__(self, params: Iterable[Any], defaults: Group) -> None:
-        super().__init__(params, defaults)
+        super().__init__(params, {"skip_nonfinite": False, **defaults})
         self._roster: Roster | None = None
+        self._screen: Screen | None = None
 
     # --- For subclasses. ---
 
@@ -56,13 +63,18 @@ class LowBitOptimizer(torch.optim.Optimizer):
         """How the other fields follow from the step."""
         raise NotImplementedError
 
+    def _is_projected(self, group: Group, param: Tensor) -> bool:
+        """Whether this parameter's gradient is projected, so that it belongs to no plan of the base class."""
+        return False
+
     # --- torch.optim.Optimizer. ---
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         super().__setstate__(saved)
         for group in self.param_groups:
-            group.setdefault("capturable", False)
-        self._roster = None
+            for name in _OF_THE_RUN:
+                group.setdefault(name, False)
+        self._roster = self._screen = None
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, as torch.optim.Optimizer does.
@@ -83,8 +95,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` gave, every tensor with the type it was saved in, on the parameter's device.
 
-        ``capturable`` is not loaded: it says how this optimizer runs, and the steps taken become integers or tensors
-        as it needs them. After loading, a CUDA graph has to be captured again.
+        ``capturable`` and ``skip_nonfinite`` are not loaded: they say how this optimizer runs, and the steps taken
+        become integers or tensors as it needs them. After loading, a CUDA graph has to be captured again.
 
         Raises:
             StateFormatError: the state is not of this optimizer, or was saved with other formats; nothing is changed.
@@ -96,9 +108,9 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
         def take(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             kept.update(state_of.checked(self, given, self._format_options, self._moments))
-            own = [group["capturable"] for group in self.param_groups]
+            own = [{name: group[name] for name in _OF_THE_RUN} for group in self.param_groups]
             # Other numbers of groups are torch's to refuse.
-            groups = [{**group, "capturable": mine} for group, mine in zip(given["param_groups"], own, strict=False)]
+            groups = [{**group, **mine} for group, mine in zip(given["param_groups"], own, strict=False)]
             return {**given, "state": {}, "param_groups": groups + given["param_groups"][len(own) :]}
 
         def put(_: torch.optim.Optimizer) -> None:
@@ -114,6 +126,16 @@ class LowBitOptimizer(torch.optim.Optimizer):
         finally:
             before.remove()
             after.remove()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """For torch.amp.GradScaler: the step takes ``grad_scale`` and ``found_inf``, and nobody reads them back."""
+        return any(group["skip_nonfinite"] for group in self.param_groups)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that ``skip_nonfinite`` has skipped since the optimizer was built or loaded. Waits for the device."""
+        return self._screen.skipped() if self._screen is not None else 0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -164,8 +186,10 @@ class LowBitOptimizer(torch.optim.Optimizer):
         """Parameters with gradients by device, all checked and with their states: the next thing is to update them."""
         # torch adds defaults of its own when a state is loaded, which groups do not have.
         options = [name for name in self.defaults if all(name in group for group in self.param_groups)]
-        formats = [name for name in options if name in (*self._format_options, "beta1", "capturable")]
+        formats = [name for name in options if name in (*self._format_options, *_OF_THE_RUN, *_OF_MOMENTS)]
         roster = Roster(self, [name for name in options if name not in ("lr", *formats)], formats)
+        if len({bool(group["skip_nonfinite"]) for group in self.param_groups}) > 1:
+            raise ValueError("skip_nonfinite must be the same in all groups: a step is skipped as a whole")
         number = 0
         for group in self.param_groups:
             self._check_group(group)
@@ -177,7 +201,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
                     roster.idle.append(param)
                 else:
                     # Not self.state[param]: a later error must leave no trace.
-                    roster.work(param.device).add(param, grad, group, number, self.state.get(param, {}))
+                    state = self.state.get(param, {})
+                    roster.work(param.device).add(param, grad, group, number, state, self._is_projected(group, param))
                 number += 1
         for device in roster.works:
             self._backend(device)
@@ -219,7 +244,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         """Make the states of all parameters, or bring them into their groups' formats, and plan the contiguous ones."""
         formats = [self._moments(group, param) for group, param in zip(work.groups, work.params, strict=True)]
         wanted = zip(work.states, work.params, formats, work.groups, strict=True)
-        arguments = [(state, param, moments, group["capturable"]) for state, param, moments, group in wanted]
+        arguments = [(state, param, m, state_of.counts_on_device(group)) for state, param, m, group in wanted]
         if capturing:
             # Made now, it would belong to the graph, and every replay would start it anew.
             for number, each in zip(work.numbers, arguments, strict=True):
@@ -234,9 +259,9 @@ class LowBitOptimizer(torch.optim.Optimizer):
         for param, state in zip(work.params, work.states, strict=True):
             self.state[param] = state
         work.assign_rows()
-        items = [self._item(work, i, work.params[i]) for i in work.contiguous(list(range(len(work.params))))]
+        items = [self._item(work, i, work.params[i]) for i in work.planned(list(range(len(work.params))))]
         # A replay writes parameters without a word to the host, so nothing that it knows of their squares would hold.
-        carries = self._op == "adafactor" and not any(group["capturable"] for group in work.groups)
+        carries = self._op == "adafactor" and not any(map(state_of.counts_on_device, work.groups))
         work.plan = StepPlan(work.device, items, rule=self._rule, carries_squares=carries)
 
     def _item(self, work: Work, index: int, param: Tensor) -> Item:
@@ -261,25 +286,53 @@ class LowBitOptimizer(torch.optim.Optimizer):
         backends = [self._backend(work.device) for work in works]
         for group in {id(group): group for work in works for group, _, _ in work.row_keys}.values():
             check_lr(group["lr"])
-        tables = [hypers_of(work, self._hyper, self._schedule, capturing) for work in works]
-        for work, backend, (hypers, live) in zip(works, backends, tables, strict=True):
-            run = getattr(backend, self._op)
-            more = () if live is None else (live,)
-            plan = work.plan
-            if plan.items:
-                plan.grads = work.contiguous(work.grads)
-                try:
-                    run(plan, hypers, *more)
-                finally:
-                    plan.grads = []
-            for index in work.strided:
-                self._update_strided(run, work, index, hypers, *more)
-            # Kernels write through raw pointers: without this autograd would not notice a parameter saved for backward.
-            _bump_versions(work.params)
-            if plan.squares is not None:
-                asked = (hypers["flags"] & Flag.SCALE_PARAMETER) != 0
-                plan.squares.leave(asked[plan.tensors["hyper"]])
+        screen = self._screen_of(works)
+        flags = {} if screen is None else screen.found
+        tables = [hypers_of(work, self._hyper, self._schedule, capturing, flags.get(work.device)) for work in works]
+        for work in works:
+            work.plan.skip = flags.get(work.device)
+            work.plan.grads = work.planned(work.grads)
+        try:
+            if screen is not None:
+                self._look_at_gradients(screen, list(zip(works, backends, tables, strict=True)))
+            for work, backend, (hypers, live) in zip(works, backends, tables, strict=True):
+                self._run(work, backend, hypers, *(() if live is None else (live,)))
+        finally:
+            for work in works:
+                work.plan.grads = []
         roster.count_steps()
+
+    def _screen_of(self, works: list[Work]) -> Screen | None:
+        """The flags of the devices, where steps may be skipped."""
+        if not self._step_supports_amp_scaling:
+            return None
+        devices = [work.device for work in works]
+        if self._screen is None or list(self._screen.found) != devices:
+            self._screen = Screen(devices)
+        return self._screen
+
+    def _look_at_gradients(self, screen: Screen, runs: list[tuple[Work, Backend, Any]]) -> None:
+        # GradScaler sets both before a step and deletes them after it.
+        given = getattr(self, "grad_scale", None)
+        screen.begin(getattr(self, "found_inf", None))
+        for work, backend, (hypers, live) in runs:
+            scale = None if given is None else given.to(work.device, torch.float32)
+            if work.plan.items:
+                backend.screen(work.plan, scale, screen.found[work.device], hypers, *(() if live is None else (live,)))
+            screen.look_at(work, scale)
+        screen.end()
+
+    def _run(self, work: Work, backend: Backend, hypers: Any, *more: Any) -> None:
+        plan, run = work.plan, getattr(backend, self._op)
+        if plan.items:
+            run(plan, hypers, *more)
+        for index in work.strided:
+            self._update_strided(run, work, index, hypers, *more)
+        # Kernels write through raw pointers: without this autograd would not notice a parameter saved for backward.
+        _bump_versions(work.params)
+        if plan.squares is not None:
+            asked = (hypers["flags"] & Flag.SCALE_PARAMETER) != 0
+            plan.squares.leave(asked[plan.tensors["hyper"]])
 
     def _update_strided(self, run: Callable[..., None], work: Work, index: int, *hypers: Any) -> None:
         """One parameter that is not contiguous, or its gradient is not. A copy of each is the only temporary."""
@@ -287,6 +340,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         item = self._item(work, index, param.contiguous())
         plan = StepPlan(work.device, [item], rule=self._rule)
         plan.grads = [work.grads[index].contiguous()]
+        plan.skip = work.plan.skip
         run(plan, *hypers)
         if item.param is not param:
             param.copy_(item.param)

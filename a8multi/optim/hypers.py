@@ -25,9 +25,17 @@ Constants = Callable[[Group, torch.dtype], dict[str, Any]]
 
 
 def hypers_of(
-    work: Work, constants: Constants, schedule_of: Callable[[Group], Schedule], capturing: bool
+    work: Work,
+    constants: Constants,
+    schedule_of: Callable[[Group], Schedule],
+    capturing: bool,
+    skip: Tensor | None = None,
+    lr: float | None = None,
 ) -> tuple[np.ndarray, Live | None]:
-    """The table of a work's next step, and what of it lives on the device; None: nothing does."""
+    """The table of a work's next step, and what of it lives on the device; None: nothing does.
+
+    skip: the flag with which the device may skip the step, and then does not count it. lr: in the place of the groups'.
+    """
     numbers: dict[tuple[int, int | None, torch.dtype], int] = {}
     rows: list[tuple[Any, ...]] = []
     schedules: list[Schedule] = []
@@ -38,13 +46,13 @@ def hypers_of(
         key = (id(group), taken, dtype)
         if key not in numbers:
             numbers[key] = len(rows)
-            rate = rate_on_device(group["lr"], work.device)
+            rate = rate_on_device(group["lr"], work.device) if lr is None else None
             schedule = schedule_of(group)
             seed = int(group["seed"])
             record = constants(group, dtype)
             record.update(seed_low=seed & 0xFFFFFFFF, seed_high=seed >> 32)
             if rate is None:
-                record["lr"] = float(group["lr"])
+                record["lr"] = float(group["lr"]) if lr is None else lr
             else:
                 record["lr_device"] = rate.data_ptr()
             if taken is not None:
@@ -62,7 +70,8 @@ def hypers_of(
     if counts:
         records = np.array([schedule.record() for schedule in schedules], SCHEDULE)[of_row]
         records["step"] = [0 if counter is None else counter.data_ptr() for counter in counters]
-    live = Live(records, [schedules[i] for i in of_row], counters, [rates[i] for i in of_row], capturing)
+        records["skip"] = 0 if skip is None else skip.data_ptr()
+    live = Live(records, [schedules[i] for i in of_row], counters, [rates[i] for i in of_row], capturing, skip)
     return table[of_row], live
 
 

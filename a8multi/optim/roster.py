@@ -22,19 +22,22 @@ State = dict[str, Any]
 
 
 class Work:
-    """The parameters of one device that have gradients, as columns. Those that are not contiguous are in no plan.
+    """The parameters of one device that have gradients, as columns.
 
     Attributes:
         params, groups, numbers, states: the parameters, and each one's group, number in the optimizer and state.
         grads: the gradients, while a step runs; else empty, so that their memory is free for the next backward.
         strided: indices of the parameters that are not contiguous, or their gradients are not.
+        projected: indices of the parameters whose gradients are projected, which have plans of their own.
         rows: for each parameter its row in the table of hyper-parameters.
         row_keys: for each row its group, the steps that its parameters have taken and their type. Parameters whose
             steps are counted on the device have a row each, and their counter in the place of a number.
-        plan: of the contiguous ones; set when everything has been checked.
+        plan: of all but those two; set when everything has been checked.
+        projection: the plans of the projected ones; None: there are none.
     """
 
     plan: StepPlan
+    projection: Any = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -44,11 +47,16 @@ class Work:
         self.numbers: list[int] = []
         self.states: list[State] = []
         self.strided: list[int] = []
+        self.projected: list[int] = []
         self.rows: list[int] = []
         self.row_keys: list[tuple[Group, int | Tensor, torch.dtype]] = []
 
-    def add(self, param: Tensor, grad: Tensor, group: Group, number: int, state: State) -> None:
-        if not (param.is_contiguous() and grad.is_contiguous()):
+    def add(
+        self, param: Tensor, grad: Tensor, group: Group, number: int, state: State, projected: bool = False
+    ) -> None:
+        if projected:
+            self.projected.append(len(self.params))
+        elif not (param.is_contiguous() and grad.is_contiguous()):
             self.strided.append(len(self.params))
         self.params.append(param)
         self.grads.append(grad)
@@ -56,12 +64,12 @@ class Work:
         self.numbers.append(number)
         self.states.append(state)
 
-    def contiguous(self, column: list[Any]) -> list[Any]:
+    def planned(self, column: list[Any]) -> list[Any]:
         """The entries of a column that belong to the plan."""
-        if not self.strided:
+        if not (self.strided or self.projected):
             return column
-        strided = set(self.strided)
-        return [value for i, value in enumerate(column) if i not in strided]
+        apart = {*self.strided, *self.projected}
+        return [value for i, value in enumerate(column) if i not in apart]
 
     def assign_rows(self) -> None:
         """One row for each group, step and type that occurs. Parameters of a row stay together while all take steps."""

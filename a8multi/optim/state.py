@@ -1,6 +1,6 @@
 """The state of one parameter: plain tensors with plain names, and the number of steps.
 
-    step            steps taken: int; with ``capturable`` int64, 0-d, on the parameter's device
+    step            steps taken: int; with ``capturable`` or ``skip_nonfinite`` int64, 0-d, on the parameter's device
     exp_avg         first moment: codes of the parameter's shape (nf4: packed bytes), or float values
     exp_avg_block   its block headers, when quantised
     exp_avg_sq, exp_avg_sq_block        second moment, element by element
@@ -43,6 +43,8 @@ _FIRST = _Slot("exp_avg", "exp_avg_block")
 _SECOND = _Slot("exp_avg_sq", "exp_avg_sq_block", "row_var", "col_var")
 _THIRD = _Slot("exp_avg_slow", "exp_avg_slow_block", "row_conf", "col_conf")
 _LIMITER = "update_norm"
+# What a rule is known by, beside its formats.
+_RULE_OPTIONS = ("betas", "momentum", "alpha", "lr_decay", "bias_correction", "trust_coefficient", "beta2_decay")
 
 
 def _slots(moments: Moments) -> list[tuple[_Slot, MomentSpec]]:
@@ -77,9 +79,14 @@ def _held(state: State) -> Layout:
     }
 
 
-def _step(steps: Any, device: torch.device, capturable: bool) -> int | Tensor:
+def counts_on_device(group: dict[str, Any]) -> bool:
+    """Whether a group's steps are counted in tensors: those of a graph that replays, or that the device may skip."""
+    return bool(group["capturable"] or group["skip_nonfinite"])
+
+
+def _step(steps: Any, device: torch.device, on_device: bool) -> int | Tensor:
     """The number of steps as a group keeps it. A tensor on a device is read only if an integer is wanted."""
-    if not capturable:
+    if not on_device:
         return int(steps)
     if isinstance(steps, Tensor):
         return steps if _counts(steps) else steps.detach().reshape(()).to(device, torch.int64)
@@ -90,24 +97,24 @@ def _counts(step: Any) -> bool:
     return isinstance(step, Tensor) and step.dtype is torch.int64 and step.ndim == 0
 
 
-def is_ready(state: State, param: Tensor, moments: Moments, capturable: bool) -> bool:
+def is_ready(state: State, param: Tensor, moments: Moments, on_device: bool) -> bool:
     """Whether ``ensure`` would leave everything as it is."""
     step = state.get("step")
     return (
-        (_counts(step) if capturable else type(step) is int)
+        (_counts(step) if on_device else type(step) is int)
         and _held(state) == layout(param, moments)
         and all(v.device == param.device and v.is_contiguous() for v in state.values() if isinstance(v, Tensor))
     )
 
 
-def ensure(state: State, param: Tensor, moments: Moments, capturable: bool) -> None:
+def ensure(state: State, param: Tensor, moments: Moments, on_device: bool) -> None:
     """Make the state, or bring what is there into these formats without losing it."""
     for name, value in state.items():
         # The model was moved after a step, or the user put a view there.
         if isinstance(value, Tensor) and not (value.device == param.device and value.is_contiguous()):
             state[name] = value.to(param.device).contiguous()
     wanted, held = layout(param, moments), _held(state)
-    step = _step(state.get("step", 0), param.device, capturable)
+    step = _step(state.get("step", 0), param.device, on_device)
     if held == wanted:
         state["step"] = step
         return
@@ -162,7 +169,7 @@ def checked(
                 wanted = layout(param, specs(saved_group, param))
                 saved = _checked_state(given["state"][key], param, wanted, number)
                 if saved:
-                    saved["step"] = _step(saved["step"], param.device, group["capturable"])
+                    saved["step"] = _step(saved["step"], param.device, counts_on_device(group))
                 result[number] = saved
             number += 1
     return result
@@ -171,12 +178,14 @@ def checked(
 def _require_same_options(
     kind: str, where: int, group: dict[str, Any], saved: dict[str, Any], options: tuple[str, ...]
 ) -> None:
-    for name in options:
-        if name not in saved:
+    # Those of the rule too: some rules have the same moments, and would go on with a stranger's.
+    for name in (*options, *_RULE_OPTIONS):
+        if name in group and name not in saved:
             raise StateFormatError(
                 f"param_groups[{where}] of the state dict has no {name!r}: it was not saved by {kind}. State of other "
-                f"optimizers cannot be loaded."
+                f"optimizers cannot be loaded; a8multi.convert_state_dict takes that of other packages."
             )
+    for name in options:
         if saved[name] != group[name]:
             raise StateFormatError(
                 f"param_groups[{where}] of the state dict was saved with {name}={saved[name]!r}, this {kind} has "
@@ -274,9 +283,11 @@ def _means(state: State, slot: _Slot, param: Tensor, moments: Moments) -> tuple[
 def _put(
     state: State, slot: _Slot, spec: MomentSpec, shape: torch.Size, device: torch.device, values: Tensor | None
 ) -> None:
-    """Store a moment; None: zeros."""
+    """Store a moment; None: what it starts with."""
     fmt = spec.format
     assert fmt is not None
+    if values is None and spec.start:
+        values = torch.full(shape, spec.start, device=device)
     codes, blocks = fmt.allocate(shape, spec.block_size, device)
     if values is not None and blocks is not None:
         backend_for(device, "codec").quantize(values, codes, blocks, fmt, spec.block_size, False, 0)

@@ -16,10 +16,14 @@ from a8multi.quant.formats import StateFormat
 
 @dataclass(frozen=True)
 class MomentSpec:
-    """How one moment of one parameter is to be stored. format None: as row and column means (factored)."""
+    """How one moment of one parameter is to be stored. format None: as row and column means (factored).
+
+    start: what every element of it is before the first step; of an element-wise one.
+    """
 
     format: StateFormat | None
     block_size: int = 0
+    start: float = 0.0
 
     @property
     def code(self) -> Format:

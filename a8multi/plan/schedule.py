@@ -143,6 +143,7 @@ class Live:
         rates: learning rates, float32 of one element on the device; None where the table holds it.
         capturing: the step is being captured in a CUDA graph: what it uses must live as long as the graph, and what is
             copied from the host is copied at every replay.
+        skip: float32 0-d on the device: the step is not counted when it is not 0; None: every step is.
         advance: what the next derivation of this step adds to the counters. Several plans may share the counters.
         kept: device memory that must live until the step has been launched.
         staged_bytes: of the tables that the step has copied to the device or may have to.
@@ -153,6 +154,7 @@ class Live:
     counters: Sequence[Tensor | None]
     rates: Sequence[Tensor | None]
     capturing: bool = False
+    skip: Tensor | None = None
     advance: int = 1
     kept: list[Tensor] = field(default_factory=list)
     staged_bytes: int = 0
@@ -183,7 +185,7 @@ class Live:
         if not counted:
             return hypers
         counters = [counter for _, counter in counted]
-        if self.advanced():
+        if self.advanced() and not (self.skip is not None and self.skip.item()):
             torch._foreach_add_(counters, 1)
         known: dict[tuple[Schedule, int], dict[str, float]] = {}
         for (row, _), step in zip(counted, torch.stack(counters).tolist(), strict=True):

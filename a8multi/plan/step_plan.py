@@ -42,6 +42,7 @@ class StepPlan:
         items: the parameters, in the optimizer's order.
         rule: what an element-wise step does; Adafactor's steps do not look at it.
         grads: their gradients while a step runs, else empty: a plan must not keep gradients alive.
+        skip: float32 0-d on the device: when it is not 0, the step writes nothing. None: steps are never skipped.
         edition: a number that grows whenever ``tensors`` changes.
         device_tables: for the backend that copies the tables below to the device: what it keeps of them.
         squares: which sums in the scratch still hold; None: steps of this plan leave none.
@@ -59,6 +60,7 @@ class StepPlan:
         self.rule = rule
         self.items = list(items)
         self.grads: list[Tensor] = []
+        self.skip: Tensor | None = None
         self.edition = 0
         self.device_tables: Any = None
         self._params = [item.param for item in self.items]
@@ -127,6 +129,19 @@ class StepPlan:
     def scratch(self) -> Tensor:
         """Partial sums of an Adafactor step, float32 [scratch_floats]. Kept with the plan: 0.01 bytes a parameter."""
         return torch.empty(self.scratch_floats, dtype=torch.float32, device=self.device)
+
+    @cached_property
+    def factors(self) -> list[tuple[Tensor, Tensor]]:
+        """Where the scratch keeps what belongs to each row and each column: views [rows] and [cols] of every item.
+
+        After the reduce phase sums of g^2, after the moments phase factors of 1 / sqrt(v). Ones at first.
+        """
+        found = []
+        for record in self.tensors:
+            sides = ((int(record["row_at"]), int(record["rows"])), (int(record["col_at"]), int(record["cols"])))
+            rows, cols = (self.scratch[at : at + length].fill_(1.0) for at, length in sides)
+            found.append((rows, cols))
+        return found
 
     def address(self) -> np.ndarray:
         """``tensors`` with what may change at every step: the addresses of parameters and gradients, and flags.

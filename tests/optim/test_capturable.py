@@ -27,6 +27,10 @@ SHAPES = ((65, 300), (4097,), (129,), (3, 5, 7), ())
 MAKES: dict[str, Callable[..., Any]] = {
     "adamw": a8multi.AdamW8bit,
     "adam nf4": lambda params, **o: a8multi.Adam8bit(params, weight_decay=0.1, first_moment="nf4", **o),
+    "sgd dampened": lambda params, **o: a8multi.SGD8bit(params, momentum=0.9, dampening=0.3, **o),
+    "adagrad": lambda params, **o: a8multi.Adagrad8bit(params, lr_decay=0.1, **o),
+    "ademamix": lambda params, **o: a8multi.AdEMAMix8bit(params, t_alpha=12, t_beta3=15, **o),
+    "lamb": a8multi.LAMB8bit,
     "factored": a8multi.Adafactor8bit,
     "corrected": lambda params, **o: a8multi.Adafactor8bit(params, beta1=0.9, relative_step=False, **o),
     "fixed beta2": lambda params, **o: a8multi.Adafactor8bit(
@@ -194,7 +198,7 @@ def test_a_pickle_from_before_the_option() -> None:
 
 
 @pytest.mark.parametrize("value", [1, None, "yes"])
-@pytest.mark.parametrize("kind", [a8multi.AdamW8bit, a8multi.Adafactor8bit])
+@pytest.mark.parametrize("kind", [a8multi.AdamW8bit, a8multi.Adafactor8bit, a8multi.Lion8bit])
 def test_capturable_is_a_flag(kind: Any, value: Any) -> None:
     with pytest.raises(ValueError, match="capturable"):
         kind(parameters([(8,)]), capturable=value)

@@ -26,7 +26,7 @@ def _still(optimizer: Any, params: Any) -> None:
     kept = {k: group[k] for k in ("betas", "lr", "beta1", "beta2") if k in group}
     group["lr"] = 0.0
     tiny = 1e-7
-    group.update({"betas": (1 - tiny, 1 - tiny)} if "betas" in group else {"beta2": 1 - tiny})
+    group.update({"betas": (1 - tiny,) * len(group["betas"])} if "betas" in group else {"beta2": 1 - tiny})
     if group.get("beta1") is not None:
         group["beta1"] = 1 - tiny
     for param in params:
@@ -49,6 +49,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "int8 to fp32": (a8multi.AdamW8bit, {}, {"first_moment": "fp32"}),
     "fp32 to bf16": (a8multi.AdamW8bit, {"first_moment": "fp32"}, {"first_moment": "bf16"}),
     "fp32 to log8": (a8multi.AdamW8bit, {"second_moment": "fp32"}, {"second_moment": "log8"}),
+    "fp32 to int8, slow": (a8multi.AdEMAMix8bit, {"first_moment": "fp32"}, {"third_moment": "int8"}),
     "block size": (a8multi.AdamW8bit, {}, {"block_size": 512}),
     "least quantised size": (a8multi.AdamW8bit, {}, {"min_quantized_numel": 100}),
 }
@@ -59,7 +60,8 @@ def test_values_survive_a_change(backend: Any, kind: Any, options: dict[str, Any
     params = parameters(SHAPES, device=backend.device)
     optimizer = kind(params, **options)
     run(optimizer, params, range(5))
-    before = {(i, n): _held(optimizer, p, n) for i, p in enumerate(params) for n in ("exp_avg", "exp_avg_sq")}
+    names = [name for name in ("exp_avg", "exp_avg_sq", "exp_avg_slow") if name in optimizer.state[params[0]]]
+    before = {(i, name): _held(optimizer, p, name) for i, p in enumerate(params) for name in names}
     optimizer.param_groups[0].update(change)
     _still(optimizer, params)
     for (i, name), value in before.items():

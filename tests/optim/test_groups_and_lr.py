@@ -10,7 +10,26 @@ from optim.helpers import apply, differences, gradients, parameters, run, snapsh
 
 import a8multi
 
-KINDS = [a8multi.AdamW8bit, a8multi.Adam8bit, a8multi.Adafactor8bit]
+KINDS = [
+    a8multi.AdamW8bit,
+    a8multi.Adam8bit,
+    a8multi.Adafactor8bit,
+    a8multi.Lion8bit,
+    a8multi.RMSprop8bit,
+    a8multi.SGD8bit,
+    a8multi.Adagrad8bit,
+    a8multi.AdEMAMix8bit,
+    a8multi.LAMB8bit,
+    a8multi.LARS8bit,
+]
+# What a small regression is learnt with, where the learning rate of Adam is not it.
+LEARNS = {
+    a8multi.Lion8bit: {"lr": 1e-3},
+    a8multi.RMSprop8bit: {"lr": 1e-3},
+    a8multi.SGD8bit: {"lr": 0.03, "momentum": 0.9},
+    a8multi.Adagrad8bit: {"lr": 0.05},
+    a8multi.LARS8bit: {"lr": 5.0, "momentum": 0.9},
+}
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
@@ -224,7 +243,7 @@ def test_a_model_learns(kind: Any) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(16, 300), torch.nn.Tanh(), torch.nn.Linear(300, 1))
     inputs = torch.randn(64, 16)
     targets = inputs[:, :1] * inputs[:, 1:2]
-    optimizer = kind(model.parameters(), lr=1e-2)
+    optimizer = kind(model.parameters(), **LEARNS.get(kind, {"lr": 1e-2}))
     losses = []
     for _ in range(150):
         optimizer.zero_grad()

@@ -16,6 +16,9 @@ import a8multi
 MAKES: dict[str, Callable[..., Any]] = {
     "adamw": lambda params: a8multi.AdamW8bit(params, lr=1e-2, stochastic_rounding_writeback=True),
     "adamw nf4": lambda params: a8multi.AdamW8bit(params, lr=1e-2, first_moment="nf4", min_quantized_numel=0),
+    "ademamix": lambda params: a8multi.AdEMAMix8bit(params, lr=1e-2, third_moment="int8"),
+    "lamb": lambda params: a8multi.LAMB8bit(params, lr=1e-2, stochastic_rounding_writeback=True),
+    "sgd": lambda params: a8multi.SGD8bit(params, lr=0.1),
     "factored": lambda params: a8multi.Adafactor8bit(params, beta1=0.9),
     "full": lambda params: a8multi.Adafactor8bit(params, factored=False, min_8bit_size=0),
 }

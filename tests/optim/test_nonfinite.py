@@ -15,6 +15,10 @@ SHAPES = ((4097,), (65, 300), (129,))
 MAKES: dict[str, Any] = {
     "adamw": a8multi.AdamW8bit,
     "adamw nf4": lambda params: a8multi.AdamW8bit(params, first_moment="nf4", min_quantized_numel=0),
+    "lion": a8multi.Lion8bit,
+    "ademamix": a8multi.AdEMAMix8bit,
+    "lamb": a8multi.LAMB8bit,
+    "lars": lambda params: a8multi.LARS8bit(params, momentum=0.9),
     "factored": lambda params: a8multi.Adafactor8bit(params, beta1=0.9),
     "full": lambda params: a8multi.Adafactor8bit(params, factored=False),
 }

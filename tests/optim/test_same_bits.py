@@ -1,4 +1,4 @@
-"""The same bits whatever the instruction set, the number of threads and, for Adam, the backend."""
+"""The same bits whatever the instruction set, the number of threads and, for element-wise rules, the backend."""
 
 from __future__ import annotations
 
@@ -25,7 +25,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "nf4": ("Adafactor8bit", {"beta1": 0.9}),
     "int8": ("Adafactor8bit", {"beta1": 0.9, "first_moment": "int8", "factored": False, "block_size": 32}),
 }
-ADAM = {name: case for name, case in CASES.items() if case[0] != "Adafactor8bit"}
+RULES: dict[str, tuple[str, dict[str, Any]]] = {
+    "lion": ("Lion8bit", {"weight_decay": 0.1}),
+    "rmsprop": ("RMSprop8bit", {}),
+    "rmsprop all": ("RMSprop8bit", {"momentum": 0.9, "centered": True, "first_moment": "nf4"}),
+    "sgd": ("SGD8bit", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    "adagrad": ("Adagrad8bit", {"initial_accumulator_value": 0.1, "lr_decay": 0.1}),
+    "ademamix": ("AdEMAMix8bit", {"third_moment": "int8", "t_alpha": 8, "t_beta3": 8}),
+    "lamb": ("LAMB8bit", {"weight_decay": 0.1}),
+    "lars": ("LARS8bit", {"momentum": 0.9, "weight_decay": 0.1}),
+}
+# Those that sum over a tensor, which torch does in another order.
+SUMMING = ("lamb", "lars")
+ADAFACTOR = [name for name, case in CASES.items() if case[0] == "Adafactor8bit"]
+EXACT = {name: case for name, case in {**CASES, **RULES}.items() if name not in (*ADAFACTOR, *SUMMING)}
 
 
 def _trained(
@@ -76,19 +89,29 @@ def test_every_variant_and_thread_count(variants: Any, case: tuple[str, dict[str
         assert not differences(found, expected), f"{isa} with {threads} threads"
 
 
-@pytest.mark.parametrize("case", ["adamw", "factored", "nf4"])
+@pytest.mark.parametrize("case", RULES.values(), ids=RULES.keys())
+def test_every_rule_on_every_variant(variants: Any, case: tuple[str, dict[str, Any]]) -> None:
+    expected = None
+    for isa, threads in variants():
+        found = _trained(case, torch.bfloat16, True, steps=12)
+        assert a8multi.backend_for("cpu").isa_ran == isa, "the forced variant did not run"
+        expected = expected or found
+        assert not differences(found, expected), f"{isa} with {threads} threads"
+
+
+@pytest.mark.parametrize("case", ["adamw", "factored", "nf4", *SUMMING])
 def test_many_chunks_and_tiles(variants: Any, case: str) -> None:
     """Sums over several tiles and chunks are combined in one order, whoever computed them first."""
     expected = None
     for isa, threads in variants():
-        found = _trained(CASES[case], torch.float32, steps=3, shapes=((513, 1025), (7, 5000)))
+        found = _trained({**CASES, **RULES}[case], torch.float32, steps=3, shapes=((513, 1025), (7, 5000)))
         expected = expected or found
         assert not differences(found, expected), f"{isa} with {threads} threads"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", ADAM.values(), ids=ADAM.keys())
-def test_adam_on_the_torch_backend(case: tuple[str, dict[str, Any]], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("case", EXACT.values(), ids=EXACT.keys())
+def test_element_rules_on_the_torch_backend(case: tuple[str, dict[str, Any]], dtype: torch.dtype) -> None:
     with a8multi.use_backend("cpu"):
         expected = _trained(case, dtype, write_back=dtype is not torch.float32, steps=10)
     with a8multi.use_backend("torch"):
@@ -96,7 +119,7 @@ def test_adam_on_the_torch_backend(case: tuple[str, dict[str, Any]], dtype: torc
     assert not differences(found, expected)
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name not in ADAM])
+@pytest.mark.parametrize("case", ADAFACTOR)
 def test_adafactor_on_the_torch_backend(case: str) -> None:
     """Only the order of its sums differs: parameters within 1e-5 of the way, codes by at most one, and few of them."""
     _, options = CASES[case]

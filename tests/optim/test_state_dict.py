@@ -26,6 +26,15 @@ MAKES: dict[str, Callable[..., Any]] = {
     "nf4": lambda params: a8multi.Adafactor8bit(params, beta1=0.9),
     "full int8": lambda params: a8multi.Adafactor8bit(params, beta1=0.9, first_moment="int8", factored=False),
     "unquantised": lambda params: a8multi.Adafactor8bit(params, beta1=0.9, quantize=False, factored=False),
+    "lion": a8multi.Lion8bit,
+    "rmsprop": lambda params: a8multi.RMSprop8bit(params, momentum=0.9),
+    "rmsprop centered": lambda params: a8multi.RMSprop8bit(params, centered=True),
+    "sgd": a8multi.SGD8bit,
+    "sgd momentum": lambda params: a8multi.SGD8bit(params, momentum=0.9, dampening=0.1, first_moment="nf4"),
+    "adagrad": lambda params: a8multi.Adagrad8bit(params, lr_decay=0.1, initial_accumulator_value=0.1),
+    "ademamix": lambda params: a8multi.AdEMAMix8bit(params, t_alpha=5, t_beta3=4, third_moment="int8"),
+    "lamb": a8multi.LAMB8bit,
+    "lars": lambda params: a8multi.LARS8bit(params, momentum=0.9),
 }
 
 
@@ -128,6 +137,22 @@ def test_saved_lr_and_options_are_loaded() -> None:
     assert (group["lr"], group["weight_decay"], tuple(group["betas"])) == (0.5, 0.25, (0.5, 0.75))
 
 
+@pytest.mark.parametrize(
+    ("kind", "option"), [(a8multi.SGD8bit, {"momentum": 0.9}), (a8multi.RMSprop8bit, {"centered": True})]
+)
+def test_what_says_which_moments_there_are_is_loaded(kind: Any, option: dict[str, Any]) -> None:
+    """With the state that goes with it, into an optimizer that was built without."""
+    params = parameters(SHAPES)
+    optimizer = kind(params, **option)
+    run(optimizer, params, range(2))
+    twins = _copies(params)
+    resumed = kind(twins)
+    resumed.load_state_dict(_saved_and_loaded(optimizer.state_dict()))
+    run(optimizer, params, range(2, 4))
+    run(resumed, twins, range(2, 4))
+    assert not differences(snapshot(resumed, twins), snapshot(optimizer, params))
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("make", [MAKES["adamw"], MAKES["nf4"]], ids=["adamw", "adafactor"])
 def test_copies_train_on_by_themselves(make: Any, how: str) -> None:
@@ -153,6 +178,7 @@ MISMATCHES = {
     "least quantised size": (a8multi.AdamW8bit, {"min_quantized_numel": 0}, "min_quantized_numel"),
     "quantize": (a8multi.Adafactor8bit, {"quantize": False}, "quantize"),
     "factored": (a8multi.Adafactor8bit, {"factored": False}, "factored"),
+    "third moment": (a8multi.AdEMAMix8bit, {"third_moment": "bf16"}, "third_moment"),
     "block size of the first moment": (a8multi.Adafactor8bit, {"m_block_size": 64}, "m_block_size"),
 }
 
@@ -178,7 +204,7 @@ def test_another_format_is_refused(kind: Any, options: dict[str, Any], word: str
     _assert_refused(optimizer, params, other.state_dict(), word, repr(options[word]))
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adafactor, a8multi.Adafactor8bit])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adafactor, a8multi.Adafactor8bit, a8multi.Lion8bit])
 def test_the_state_of_another_optimizer_is_refused(kind: Any) -> None:
     params, others = parameters(SHAPES), parameters(SHAPES)
     optimizer, other = a8multi.AdamW8bit(params), kind(others)

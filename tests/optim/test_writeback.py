@@ -35,7 +35,7 @@ def test_the_mean_is_unbiased(backend: Any, dtype: torch.dtype) -> None:
         assert params[0].unique().numel() == 2
 
 
-@pytest.mark.parametrize("kind", [a8multi.AdamW8bit, a8multi.Adafactor8bit])
+@pytest.mark.parametrize("kind", [a8multi.AdamW8bit, a8multi.Adafactor8bit, a8multi.Lion8bit])
 def test_weight_decay_does_not_vanish(backend: Any, kind: Any) -> None:
     """Pitfall 15: 1 - 1e-4 is less than half a spacing of bfloat16, so that to nearest nothing ever decays."""
     ends = {}
@@ -62,7 +62,7 @@ def test_small_updates_are_not_lost(backend: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("kind", [a8multi.AdamW8bit, a8multi.Adafactor8bit])
+@pytest.mark.parametrize("kind", [a8multi.AdamW8bit, a8multi.Adafactor8bit, a8multi.SGD8bit, a8multi.LAMB8bit])
 def test_deterministic_for_a_seed(backend: Any, kind: Any, dtype: torch.dtype) -> None:
     def trained(seed: int) -> Any:
         params = parameters([(4097,), (65, 300), (33,)], dtype, backend.device)

@@ -79,7 +79,7 @@ def test_tiles_cover_every_matrix_once() -> None:
 
 
 def test_scratch_regions_do_not_overlap() -> None:
-    """Of every tensor: a row sum a tile column, a column sum a tile row, two totals, three words a chunk."""
+    """Of every tensor: a row sum a tile column, a column sum a tile row, the totals, three words a chunk."""
     optimizer, _ = _optimizer(SHAPES)
     optimizer.step()
     plan = _plan(optimizer)
@@ -89,7 +89,8 @@ def test_scratch_regions_do_not_overlap() -> None:
         rows, cols, chunks = int(row["rows"]), int(row["cols"]), int(row["chunks"])
         across = math.ceil(cols / sizes["A8_TILE_COLS"])
         down = math.ceil(rows / sizes["A8_TILE_ROWS"])
-        for start, length in (("row_at", across * rows), ("col_at", down * cols), ("sum_at", sizes["A8_TOTALS"] + 3 * chunks)):
+        sums = sizes["A8_TOTALS"] + 3 * chunks
+        for start, length in (("row_at", across * rows), ("col_at", down * cols), ("sum_at", sums)):
             at = int(row[start])
             assert at + length <= len(used)
             used[at : at + length] += 1

@@ -1,0 +1,59 @@
+"""Skipping a step whose gradients are not all finite, decided on the device and never read back.
+
+Receives the works of a step; each device gets a flag that its kernels look at before they write (``StepPlan.skip``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .roster import Work
+
+
+class Screen:
+    """The flags and the number of steps that were skipped, on each device.
+
+    Args:
+        devices: of the parameters.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self.found = {device: torch.zeros((), device=device) for device in devices}
+        self._skipped = {device: torch.zeros((), dtype=torch.int64, device=device) for device in self.found}
+
+    def begin(self, found: Tensor | None) -> None:
+        """Clear the flags, or begin with what GradScaler has found."""
+        for flag in self.found.values():
+            if found is None:
+                flag.zero_()
+            else:
+                flag.copy_(found.reshape(()))
+
+    def look_at(self, work: Work, scale: Tensor | None) -> None:
+        """Divide and look at the gradients that belong to no plan, because they or their parameters are strided."""
+        flag = self.found[work.device]
+        for index in work.strided:
+            grad = work.grads[index]
+            if scale is not None:
+                grad.copy_(grad.float().div_(scale))
+            torch.maximum(flag, grad.isfinite().all().logical_not_().float(), out=flag)
+
+    def end(self) -> None:
+        """Every gradient has been looked at: what one device has found skips the step on all."""
+        flags = self.found
+        if len(flags) > 1:
+            worst = [
+                torch.stack([other.to(device, non_blocking=device.type != "cpu") for other in flags.values()]).amax()
+                for device in flags
+            ]
+            for flag, most in zip(flags.values(), worst, strict=True):
+                flag.copy_(most)
+        for device, flag in flags.items():
+            self._skipped[device].add_(flag != 0)
+
+    def skipped(self) -> int:
+        """Steps skipped since the optimizer was built. Waits for the device."""
+        return max((int(count) for count in self._skipped.values()), default=0)

@@ -1,0 +1,242 @@
+"""APOLLO: the steps against float64, the projection, resuming, groups with and without it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import BackendCase
+from optim.helpers import differences, gradients, parameters, run, snapshot
+from oracle import adafactor, adam, apollo
+from torch import Tensor
+
+import a8multi
+from a8multi.optim.projection import _random_matrix
+
+SHAPES = ((65, 300), (512, 256), (300, 64), (64, 3, 3, 3), (129,))
+GAP = 3
+
+
+def _reference(param: Tensor, grad: Tensor, held: dict[str, Any], step: int, options: dict[str, Any]) -> Tensor:
+    """The oracle's step with the limiter, on a matrix. Returns the new parameter."""
+    rank, lr = options["rank"], options["lr"]
+    high = param.shape[0] > param.shape[1]
+    p, g = (param.T, grad.double().T) if high else (param, grad.double())
+    drawn = _random_matrix(0, (step - 1) // GAP, rank, p.shape[0], torch.float32, torch.device("cpu"))
+    projection = drawn.double() / (2 * math.sqrt(rank))
+    if "moments" not in held:
+        low = projection @ g
+        held["moments"] = adam.Moments(torch.zeros_like(low), torch.zeros_like(low))
+    new, held["moments"] = apollo.apollo(
+        p,
+        g,
+        held["moments"],
+        step,
+        projection,
+        lr=1.0,
+        scale=math.sqrt(options["scale"]),
+        scale_type=options["scale_type"],
+        betas=(options["beta1"], 0.999),
+    )
+    update, held["norm"] = adafactor.limited(p - new, held.get("norm", 0.0), 1.01)
+    new = p * (1 - lr * 0.1) - lr * update
+    return new.T if high else new
+
+
+@pytest.mark.parametrize("options", [
+    {"rank": 16, "scale_type": "channel", "scale": 1.0, "beta1": 0.9},
+    {"rank": 16, "scale_type": "channel", "scale": 1.0, "beta1": 0.0},
+    {"rank": 1, "scale_type": "tensor", "scale": 128.0, "beta1": 0.9},
+], ids=["channel", "without momentum", "mini"])  # fmt: skip
+def test_the_papers_algorithm(options: dict[str, Any], backend: BackendCase) -> None:
+    options = {**options, "lr": 1e-2}
+    shapes = SHAPES[:4]
+    params = parameters(shapes, device=backend.device)
+    optimizer = a8multi.APOLLO8bit(
+        params,
+        lr=options["lr"],
+        rank=options["rank"],
+        update_proj_gap=GAP,
+        scale_type=options["scale_type"],
+        scale=options["scale"],
+        betas=(options["beta1"], 0.999),
+        weight_decay=0.1,
+        quantize=False,
+    )
+    held: list[dict[str, Any]] = [{} for _ in params]
+    for step in range(1, 9):
+        before = [p.detach().cpu().double() for p in params]
+        grads = gradients(params, step)
+        # Sizes that jump, so that the limiter has something to do.
+        grads = [g * (1 + 4 * (step % 3 == 0)) for g in grads]
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        optimizer.step()
+        for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+            shape = (64, 27) if p.ndim == 4 else tuple(p.shape)
+            old = before[i].reshape(shape)
+            expected = _reference(old, g.cpu().reshape(shape), held[i], step, options)
+            found = p.detach().cpu().double().reshape(shape)
+            assert (found - expected).norm() <= 1e-4 * (expected - old).norm() + 1e-7 * old.norm(), (i, step)
+
+
+MAKES: dict[str, Callable[..., Any]] = {
+    "nf4": lambda params: a8multi.Adafactor8bit(
+        params, apollo_rank=16, apollo_update_proj_gap=GAP, beta1=0.9, beta2=0.999, relative_step=False
+    ),
+    "no momentum": lambda params: a8multi.Adafactor8bit(params, apollo_rank=16, apollo_update_proj_gap=GAP),
+    "factorized": lambda params: a8multi.Adafactor8bit(
+        params, apollo_rank=16, apollo_update_proj_gap=GAP, apollo_factorize=True, beta1=0.9
+    ),
+    "apollo8bit": lambda params: a8multi.APOLLO8bit(params, rank=16, update_proj_gap=GAP),
+}
+makes = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES.keys())
+
+
+@makes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resuming_in_the_middle_of_a_gap(make: Callable[..., Any], dtype: torch.dtype, backend: BackendCase) -> None:
+    params = parameters(SHAPES, dtype, backend.device)
+    optimizer = make(params)
+    run(optimizer, params, range(4))
+    saved = copy.deepcopy(optimizer.state_dict())
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    run(optimizer, params, range(4, 9))
+    resumed = make(twins)
+    resumed.load_state_dict(saved)
+    run(resumed, twins, range(4, 9))
+    assert not differences(snapshot(resumed, twins), snapshot(optimizer, params))
+
+
+@makes
+def test_replicas_stay_identical(make: Callable[..., Any]) -> None:
+    """The projection follows from seed and step alone, not from a device's generator."""
+    runs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        params = parameters(SHAPES)
+        optimizer = make(params)
+        run(optimizer, params, range(4))
+        runs.append(snapshot(optimizer, params))
+    assert not differences(*runs)
+
+
+@makes
+def test_another_backend_goes_on(make: Callable[..., Any]) -> None:
+    """From the compiled library to torch in the middle of a gap: the same projection, the same step within rounding."""
+    params = parameters(SHAPES)
+    with a8multi.use_backend("cpu"):
+        optimizer = make(params)
+        run(optimizer, params, range(4))
+        twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        run(optimizer, params, range(4, 5))
+    other = make(twins)
+    with a8multi.use_backend("torch"):
+        fresh = parameters(SHAPES)
+        again = make(fresh)
+        run(again, fresh, range(4))
+        other.load_state_dict(again.state_dict())
+        run(other, twins, range(4, 5))
+    for p, q in zip(params, twins, strict=True):
+        assert (p - q).abs().max() <= 2e-2 * (p - parameters(SHAPES)[0].new_zeros(())).abs().max()
+
+
+def test_the_random_matrix_is_nearly_normal() -> None:
+    cpu = torch.device("cpu")
+    drawn = _random_matrix(0, 0, 256, 2048, torch.float32, cpu)
+    assert drawn.mean().abs() < 0.02
+    assert abs(float(drawn.var()) - 4.0) < 0.05
+    assert torch.equal(drawn, _random_matrix(0, 0, 256, 2048, torch.bfloat16, cpu).float())
+    for other in ((0, 1, 256, 2048), (1, 0, 256, 2048)):
+        again = _random_matrix(*other, torch.float32, cpu)
+        assert abs(float((drawn * again).mean())) < 0.05
+    # Rows and columns have nothing to do with each other.
+    for a, b in ((drawn[0], drawn[1]), (drawn[:, 0], drawn[:, 1]), (drawn[0, :-1], drawn[0, 1:])):
+        assert abs(float(torch.corrcoef(torch.stack((a, b)))[0, 1])) < 0.2
+
+
+def test_a_rank_above_the_matrix_is_lowered_with_one_warning() -> None:
+    params = parameters([(8, 300), (300, 16), (64, 64)])
+    optimizer = a8multi.APOLLO8bit(params, rank=32)
+    with pytest.warns(UserWarning, match="apollo_rank=32 is above") as caught:
+        run(optimizer, params, range(1))
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(optimizer, params, range(1, 3))
+    assert optimizer.state[params[0]]["exp_avg"].shape == (8, 300)
+
+
+def test_a_zero_first_gradient_does_not_lock_the_limiter() -> None:
+    params = parameters([(64, 128)])
+    optimizer = a8multi.APOLLO8bit(params, rank=8)
+    params[0].grad = torch.zeros_like(params[0])
+    optimizer.step()
+    before = params[0].detach().clone()
+    twin = [torch.nn.Parameter(before.clone())]
+    other = a8multi.APOLLO8bit(twin, rank=8)
+    params[0].grad = twin[0].grad = gradients(params, 1)[0]
+    optimizer.step()
+    other.step()
+    # Two steps in, the bias corrections differ; the size of the step does not.
+    ratio = float((params[0].detach() - before).norm() / (twin[0].detach() - before).norm())
+    assert 0.5 < ratio < 2
+
+
+def test_strided_parameters_and_gradients() -> None:
+    plain = parameters([(64, 128)])
+    strided = [torch.nn.Parameter(plain[0].detach().clone().t().contiguous().t())]
+    assert not strided[0].is_contiguous()
+    one, other = a8multi.APOLLO8bit(plain, rank=8), a8multi.APOLLO8bit(strided, rank=8)
+    for step in range(3):
+        plain[0].grad = gradients(plain, step)[0]
+        strided[0].grad = plain[0].grad.t().contiguous().t()
+        one.step()
+        other.step()
+        torch.testing.assert_close(strided[0], plain[0], rtol=1e-6, atol=1e-7)
+
+
+def test_groups_with_and_without_projection() -> None:
+    params = parameters([(64, 128), (128, 64), (70,)])
+    groups = [{"params": params[:1]}, {"params": params[1:], "apollo_rank": 0}]
+    optimizer = a8multi.APOLLO8bit(groups, rank=8)
+    run(optimizer, params, range(3))
+    assert optimizer.state[params[0]]["exp_avg_sq"].shape == (8, 128)
+    assert optimizer.state[params[1]]["exp_avg_sq"].shape == (128, 64)
+    assert "update_norm" not in optimizer.state[params[1]]
+
+
+def test_what_is_not_projected_follows_adamw() -> None:
+    params, twins = parameters([(300,)]), parameters([(300,)])
+    optimizer = a8multi.APOLLO8bit(params, lr=1e-2, weight_decay=0.1)
+    reference = torch.optim.AdamW(twins, lr=1e-2, weight_decay=0.1)
+    for step in range(5):
+        params[0].grad = twins[0].grad = gradients(params, step)[0]
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(params[0], twins[0], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": -1}, "apollo_rank must be an integer >= 0"),
+        ({"rank": 2.5}, "apollo_rank must be an integer"),
+        ({"update_proj_gap": 0}, "apollo_update_proj_gap"),
+        ({"scale_type": "row"}, "apollo_scale_type must be one of channel, tensor"),
+        ({"scale": 0.0}, "apollo_scale"),
+        ({"eps": 0.0}, "apollo_eps"),
+        ({"betas": 0.9}, "betas must be two numbers"),
+        ({"capturable": True}, "capturable is not available with apollo_rank"),
+        ({"skip_nonfinite": True}, "skip_nonfinite is not available with apollo_rank"),
+        ({"beta3": 0.9999, "factored": True}, "exclude each other"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        a8multi.APOLLO8bit(parameters([(8, 8)]), **options)
