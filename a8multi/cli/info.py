@@ -1,6 +1,7 @@
 """Show what is on this machine, which backend each device gets and why, and test a step on each device.
 
 The self-test compares each device's backend with plain PyTorch; exit status 1 if they differ, or if one cannot run.
+With --model-size, print how much memory each optimizer's state takes instead.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from a8multi.cli.console import EXIT_FAILED, EXIT_OK, format_table
+from a8multi.cli import model_size
+from a8multi.cli.console import EXIT_FAILED, EXIT_OK, format_table, positive_float
+from a8multi.cli.parameter_sets import LEAST_LLAMA, MOST_LLAMA
 
 if TYPE_CHECKING:
     from a8multi.backend import BackendReport
@@ -21,10 +24,22 @@ DOCUMENT_VERSION = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    parser.add_argument(
+        "--model-size",
+        metavar="PARAMETERS",
+        type=positive_float,
+        help="print only the state bytes of each optimizer for a model of about that many parameters, such as 7e9: a "
+        "Llama with a vocabulary of 32000, its width (a multiple of 128) and number of layers (about width / 128) "
+        f"scaled to it; {LEAST_LLAMA:g} to {MOST_LLAMA:g}",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report. Returns 0 if every self-test passed, else 1."""
+    """Prints the report. Returns 0 if every self-test passed or none was asked for, else 1."""
+    if args.model_size is not None:
+        sizes = {"document": DOCUMENT_VERSION, **model_size.collect(args.model_size)}
+        print(json.dumps(sizes, indent=2) if args.json else model_size.text(sizes))
+        return EXIT_OK
     report = collect()
     print(json.dumps(report, indent=2) if args.json else text(report))
     return EXIT_OK if report["passed"] else EXIT_FAILED
