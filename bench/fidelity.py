@@ -4,272 +4,33 @@ One fp32 `torch.optim.AdamW` trains a byte-level transformer and so makes the gr
 gets the parameters and the gradient of that run, and steps with its own quantised state: the change is its update. The
 error is the norm of (update - reference's update) over the norm of the reference's update, of all tensors of 4096
 elements or more together. If it grows with the steps, the state loses its moving average. The reference is the fp32
-run itself (--family adamw) or the candidate's own rule with fp32 state, stepped likewise (--family adafactor).
+run itself (--family adamw) or the candidate's own class with fp32 state, stepped likewise (the other families).
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import math
-import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import Parameter
-from torch.optim import Optimizer
+from fidelity_experiment import Experiment
+from fidelity_families import FAMILIES, OPERATIONS, REPORT_AT
 
 import a8multi
 from a8multi.cli import console
-from a8multi.cli.candidates import PEER_PACKAGES, is_installed
+from a8multi.cli.candidates import PEER_PACKAGES
 from a8multi.cli.console import CommandError, positive_int
-from a8multi.cli.data import Text, batch_of_step, load_text
-from a8multi.cli.model import ByteTransformer, next_byte_loss
+from a8multi.cli.data import load_text
 from a8multi.cli.optimizers import state_bytes
 from a8multi.cli.system import versions
 from a8multi.cli.train import StopOnInterrupt
-
-CHECKPOINT_FORMAT = "a8multi-fidelity-1"
-COUNTED_NUMEL = 4096  # Smaller tensors keep fp32 state everywhere: they would only dilute the error.
-DRIVER = "torch AdamW fp32"
-
-Options = Mapping[str, Any]
-
-ADAMW: Options = {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.1}
-ADAFACTOR: Options = {"lr": 1e-2, "beta2": 0.999, "relative_step": False}
-# adafactor8bit has one class: with these options its rule is AdamW's (eps as a lower bound instead of a summand).
-_OFF = dict.fromkeys(("d", "factored", "relative_step", "scale_parameter", "scale_weight_decay"), 0)
-AS_ADAMW: Options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": (1e-8, 1e-3), **_OFF}
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One row: its name says package, optimizer and what differs from the defaults; target is "module:class"."""
-
-    name: str
-    target: str
-    options: Options
-
-    @property
-    def package(self) -> str:
-        return self.target.partition(":")[0].partition(".")[0]
-
-    def build(self, parameters: list[Parameter]) -> Optimizer:
-        module, _, kind = self.target.partition(":")
-        return getattr(importlib.import_module(module), kind)(parameters, **self.options)
-
-    def with_fp32_state(self) -> Candidate:
-        """The same rule without quantisation; several candidates share one, whatever their formats."""
-        rule = {name: value for name, value in self.options.items() if name not in ("first_moment", "block_size")}
-        name = ("factored" if rule.get("factored", True) else "full") + (" + beta1" if "beta1" in rule else "")
-        return Candidate(f"{self.package} {name} fp32", self.target, {**rule, "quantize": False})
-
-
-def _ours(name: str, base: Options = ADAFACTOR, **options: Any) -> Candidate:
-    return Candidate(f"a8multi {name}", f"a8multi:{name.split()[0].strip(',')}", {**base, **options})
-
-
-def _adafactor8bit(name: str, base: Options = ADAFACTOR, **options: Any) -> Candidate:
-    return Candidate(f"adafactor8bit {name}", "adafactor8bit:Adafactor8Bit", {**base, **options})
-
-
-FAMILIES = {
-    "adamw": (
-        _ours("AdamW8bit", ADAMW),
-        _ours("AdamW8bit, block size 256", ADAMW, block_size=256),
-        _ours("AdamW8bit, m nf4", ADAMW, first_moment="nf4"),
-        _ours("AdamW8bit, m fp32", ADAMW, first_moment="fp32"),
-        _ours("AdamW8bit, v fp32", ADAMW, second_moment="fp32"),
-        _ours("AdamW8bit, v to nearest", ADAMW, stochastic_rounding=False),
-        # What the measure itself cannot resolve: another order of the same fp32 operations.
-        _ours("AdamW8bit, m and v fp32", ADAMW, first_moment="fp32", second_moment="fp32"),
-        Candidate("bitsandbytes AdamW8bit", "bitsandbytes.optim:AdamW8bit", ADAMW),
-        Candidate("torchao AdamW8bit", "torchao.optim:AdamW8bit", ADAMW),
-        _adafactor8bit("AdamW preset", AS_ADAMW),
-    ),
-    "adafactor": (
-        _ours("Adafactor8bit factored"),
-        _ours("Adafactor8bit factored + nf4", beta1=0.9),
-        _ours("Adafactor8bit factored + int8", beta1=0.9, first_moment="int8"),
-        _ours("Adafactor8bit full", factored=False),
-        _ours("Adafactor8bit full, block size 128", factored=False, block_size=128),
-        _ours("Adafactor8bit full + nf4", factored=False, beta1=0.9),
-        _ours("Adafactor8bit full + int8", factored=False, beta1=0.9, first_moment="int8"),
-        _ours(
-            "Adafactor8bit full + int8, block size 128", factored=False, beta1=0.9, first_moment="int8", block_size=128
-        ),
-        _adafactor8bit("factored"),
-        _adafactor8bit("factored + beta1", beta1=0.9),
-        _adafactor8bit("full", factored=False),
-        _adafactor8bit("full + beta1", factored=False, beta1=0.9),
-    ),
-}
-REPORT_AT = {"adamw": (10, 200, 300, 1000, 2000), "adafactor": (10, 100, 300, 600)}
-
-
-@dataclass
-class Row:
-    """What was measured for one candidate: errors[k] at step k + 1; note says why there are none, or no more."""
-
-    name: str
-    reference: str
-    errors: list[float] = field(default_factory=list)
-    note: str | None = None
-
-
-class Follower:
-    """An optimizer with state of its own that is led along the parameters and gradients of another run."""
-
-    def __init__(self, candidate: Candidate, like: Sequence[Tensor]) -> None:
-        self.parameters = [Parameter(one.detach().clone()) for one in like]
-        self.optimizer = candidate.build(self.parameters)
-
-    def update(self, before: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-        """One step from `before`. Returns its update as `counted_difference` does."""
-        for parameter, value, gradient in zip(self.parameters, before, gradients, strict=True):
-            parameter.data.copy_(value)
-            # A copy: an optimizer may use the gradient as scratch space, which the next one must not see.
-            parameter.grad = gradient.clone()
-        self.optimizer.step()
-        return counted_difference(self.parameters, before)
-
-
-def counted_difference(after: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
-    """after - before of the tensors that count, float32 [elements of all of them]."""
-    counted = (pair for pair in zip(after, before, strict=True) if pair[0].numel() >= COUNTED_NUMEL)
-    return torch.cat([(a.detach() - b).flatten() for a, b in counted])
-
-
-def relative_error(update: Tensor, reference: Tensor) -> float:
-    """Norm of the difference over the norm of the reference, both float32 [n]; ValueError if that is not finite."""
-    norm = torch.linalg.vector_norm
-    error = (norm(update - reference, dtype=torch.float64) / norm(reference, dtype=torch.float64)).item()
-    if not math.isfinite(error):
-        raise ValueError("the update is not finite, or the reference's is zero")
-    return float(error)
-
-
-class Experiment:
-    """The fp32 run that makes the gradients, and everything that follows it.
-
-    config holds what the numbers depend on: family, only, seed, threads and the sizes of model and batch.
-    Raises CommandError if `only` names no candidate or no tensor of the model counts. Must not print.
-    """
-
-    def __init__(self, config: dict[str, Any], text: Text) -> None:
-        self.config, self.text, self.loss, self.step_count = config, text, math.nan, 0
-        try:
-            self.model = ByteTransformer(*(config[name] for name in ("width", "layers", "heads", "context", "seed")))
-        except ValueError as error:
-            raise CommandError(str(error)) from error
-        self.parameters = list(self.model.parameters())
-        self.driver = torch.optim.AdamW(self.parameters, **ADAMW)
-        sizes = [one.numel() for one in self.parameters]
-        self.parameter_count, self.counted_count = sum(sizes), sum(size for size in sizes if size >= COUNTED_NUMEL)
-        if not self.counted_count:
-            raise CommandError(f"no tensor of the model has {COUNTED_NUMEL} elements; give a larger --width")
-        self.rows: list[Row] = []
-        self.followers: dict[str, Follower] = {}
-        self.references: dict[str, Follower] = {}
-        candidates, only = FAMILIES[config["family"]], config["only"] or ["*"]
-        chosen = [one for one in candidates if any(fnmatchcase(one.name.lower(), name.lower()) for name in only)]
-        if not chosen:
-            raise CommandError(f"--only {only!r} matches none of: {'; '.join(one.name for one in candidates)}")
-        for candidate in chosen:
-            self._add(candidate, own_rule=config["family"] == "adafactor")
-
-    def _add(self, candidate: Candidate, *, own_rule: bool) -> None:
-        reference = candidate.with_fp32_state() if own_rule else None
-        row = Row(candidate.name, reference.name if reference else DRIVER)
-        self.rows.append(row)
-        if not is_installed(candidate.package):
-            row.note = "not installed"
-            return
-        try:
-            self.followers[row.name] = Follower(candidate, self.parameters)
-            if reference and reference.name not in self.references:
-                self.references[reference.name] = Follower(reference, self.parameters)
-        except Exception as error:  # a peer may raise anything; it must not spoil the other rows
-            self._drop(row, error)
-
-    def _drop(self, row: Row, error: Exception) -> None:
-        row.note = f"step {self.step_count + 1}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        self.followers.pop(row.name, None)
-
-    def step(self) -> None:
-        """One step of the fp32 run, and of everything that follows it."""
-        config = self.config
-        self.driver.zero_grad(set_to_none=True)
-        batch = batch_of_step(self.text, config["batch_size"], config["context"], config["seed"], self.step_count)
-        loss = next_byte_loss(self.model, batch)
-        loss.backward()
-        self.loss = loss.item()
-        if not math.isfinite(self.loss):
-            raise CommandError(f"the loss of the fp32 run is {self.loss} at step {self.step_count + 1}; it diverged")
-        before = [one.detach().clone() for one in self.parameters]
-        gradients = [one.grad for one in self.parameters if one.grad is not None]
-        self.driver.step()
-        updates = {DRIVER: counted_difference(self.parameters, before)}
-        for row in [one for one in self.rows if one.name in self.followers]:
-            try:
-                if row.reference not in updates:
-                    updates[row.reference] = self.references[row.reference].update(before, gradients)
-                update = self.followers[row.name].update(before, gradients)
-                row.errors.append(relative_error(update, updates[row.reference]))
-            except Exception as error:
-                self._drop(row, error)
-        self.step_count += 1
-
-    def save(self, path: Path) -> None:
-        """Writes everything a resumed run needs; an old file stays until the new one is whole."""
-        everything = self.followers | self.references
-        content = {
-            "format": CHECKPOINT_FORMAT,
-            "config": self.config,
-            "text_digest": self.text.digest,
-            "step_count": self.step_count,
-            "loss": self.loss,
-            "model": self.model.state_dict(),
-            "driver": self.driver.state_dict(),
-            "optimizers": {name: one.optimizer.state_dict() for name, one in everything.items()},
-            "rows": [asdict(row) for row in self.rows],
-        }
-        partial = path.with_name(path.name + ".partial")
-        torch.save(content, partial)
-        os.replace(partial, path)
-
-    def load(self, path: Path) -> None:
-        """Goes on from what `save` wrote; CommandError if that was made with other options, text or packages."""
-        try:
-            checkpoint = torch.load(path, weights_only=True)
-            made_with = checkpoint["format"], checkpoint["config"], checkpoint["text_digest"]
-        except Exception as error:  # torch.load raises whatever the bytes of a wrong file lead it to
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            raise CommandError(f"--resume {path}: not a checkpoint of this script ({reason})") from error
-        if made_with != (CHECKPOINT_FORMAT, self.config, self.text.digest):
-            raise CommandError(f"--resume {path}: made with other options ({made_with[1]}) or another text; remove it")
-        rows, optimizers = [Row(**row) for row in checkpoint["rows"]], checkpoint["optimizers"]
-        everything = self.followers | self.references
-        # A row that failed in the earlier run has a note and no optimizer: it stays out.
-        differing = {row.name for row in rows if not row.note} ^ set(optimizers) - set(self.references)
-        differing |= set(optimizers) - set(everything)
-        if differing:
-            raise CommandError(f"--resume {path}: these were or are not installed: {', '.join(differing)}; remove it")
-        self.model.load_state_dict(checkpoint["model"])
-        self.driver.load_state_dict(checkpoint["driver"])
-        for name, state in optimizers.items():
-            everything[name].optimizer.load_state_dict(state)
-        self.followers = {name: one for name, one in self.followers.items() if name in optimizers}
-        self.rows, self.step_count, self.loss = rows, checkpoint["step_count"], checkpoint["loss"]
 
 
 def document(experiment: Experiment, report_at: Sequence[int], command: str) -> dict[str, Any]:
@@ -288,7 +49,7 @@ def document(experiment: Experiment, report_at: Sequence[int], command: str) -> 
         }
         rows.append(asdict(row) | measured)
     components = ("python", "cpu", "torch", "numpy", "a8multi", *PEER_PACKAGES)
-    operation = {"adamw": "elementwise", "adafactor": "adafactor"}[experiment.config["family"]]
+    operation = OPERATIONS[experiment.config["family"]]
     return {
         "command": command,
         "date": datetime.now(timezone.utc).date().isoformat(),
@@ -318,17 +79,19 @@ def table(result: dict[str, Any], report_at: Sequence[int]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = FigureCanvasAgg(Figure(figsize=(10, 5.5), layout="constrained")).figure
-    axes = figure.subplots()
+    # Light and dark by turns: a peer's row, which follows ours, has the same hue.
+    axes, colors = figure.subplots(), colormaps["tab20"]
     for index, row in enumerate(result["rows"]):
         # Equal rules have an error of 0, which a logarithmic axis cannot show.
         points = [(int(at), error) for at, error in row["curve"].items() if error > 0]
         if points:
             style = "-" if row["name"].startswith("a8multi") else "--"
-            axes.plot(*zip(*points, strict=True), style, color=f"C{index % 10}", linewidth=1.2, label=row["name"])
+            axes.plot(*zip(*points, strict=True), style, color=colors(index % 20), linewidth=1.2, label=row["name"])
     # From 1e-3: what is below is the rounding of fp32 arithmetic.
     axes.set(yscale="log", ylim=(1e-3, None), xlabel="step", ylabel="update error, relative to fp32")
     axes.grid(alpha=0.3)
@@ -339,7 +102,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     made = console.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = made.add_argument
-    add("--family", choices=sorted(FAMILIES), default="adamw", help="default adamw")
+    add("--family", choices=list(FAMILIES), default="adamw", help="default adamw")
     add("--steps", type=positive_int, help="default: the last step of --report-at")
     add("--report-at", type=positive_int, nargs="+", metavar="STEP", help="columns of the table")
     add("--only", metavar="NAME", nargs="+", help="candidates of these names; * stands for anything")

@@ -30,7 +30,7 @@ class LaunchesNothing:
     def elementwise(self, plan: StepPlan, hypers: np.ndarray) -> None:
         marshal.batch_of(plan, hypers)
 
-    adafactor = adam
+    adafactor = elementwise
 
 
 CASES: dict[str, Callable[[Any], Any]] = {

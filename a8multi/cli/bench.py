@@ -236,8 +236,8 @@ def _fill(
     if row.name.startswith("a8multi "):
         import a8multi
 
-        op = "adafactor" if "Adafactor" in row.name else "elementwise"
-        row.backend = str(a8multi.backend_for(device, op=op).name)
+        # The class knows: CAME and APOLLO are of the Adafactor family too.
+        row.backend = str(a8multi.backend_for(device, op=optimizer._op).name)  # type: ignore[attr-defined]
 
 
 def _one_line(error: BaseException) -> str:

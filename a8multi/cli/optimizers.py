@@ -73,14 +73,13 @@ OPTIMIZERS: dict[str, Choice] = {
 }
 
 
-def backend_name(name: str, device: torch.device) -> str:
+def backend_name(choice: Choice, device: torch.device) -> str:
     """Which code runs the step: a backend of a8multi, or torch's own optimizer."""
-    op = OPTIMIZERS[name].op
-    if op is None:
+    if choice.op is None:
         return "torch.optim"
     import a8multi
 
-    return str(a8multi.backend_for(device, op=op).name)
+    return str(a8multi.backend_for(device, op=choice.op).name)
 
 
 def state_bytes(optimizer: Optimizer) -> int:

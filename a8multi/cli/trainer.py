@@ -21,7 +21,7 @@ from torch import nn
 from a8multi.cli import data
 from a8multi.cli.console import CommandError, synchronize
 from a8multi.cli.model import ByteTransformer, next_byte_loss
-from a8multi.cli.optimizers import OPTIMIZERS, backend_name, state_bytes
+from a8multi.cli.optimizers import OPTIMIZERS, Choice, backend_name, state_bytes
 from a8multi.errors import A8MultiError
 
 CHECKPOINT_FORMAT = "a8multi-train-1"
@@ -75,8 +75,9 @@ class Summary:
 class Run:
     """One model, its optimizer, and what they did so far."""
 
-    def __init__(self, name: str, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
-        choice = OPTIMIZERS[name]
+    def __init__(
+        self, name: str, choice: Choice, config: TrainConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.name = name
         self.device = device
         self.base_lr = choice.lr if config.lr is None else config.lr
@@ -84,7 +85,7 @@ class Run:
         # Through the dtype asked for, so that the fp32 twin of a bf16 run starts from the same values.
         self.model.to(DTYPES[config.dtype]).to(device=device, dtype=dtype)
         self.optimizer = choice.build(self.model.parameters(), self.base_lr, config.seed, dtype)
-        self.backend = backend_name(name, device)
+        self.backend = backend_name(choice, device)
         self.losses: list[float] = []
         self.optimizer_seconds: list[float] = []
         self.step_seconds: list[float] = []
@@ -93,7 +94,10 @@ class Run:
         """Forward, backward and update on int64 [batch, context + 1]. Returns the loss before the update."""
         began = time.perf_counter()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.base_lr * lr_factor
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(self.base_lr * lr_factor)  # torchao refuses another object in its place
+            else:
+                group["lr"] = self.base_lr * lr_factor
         self.optimizer.zero_grad(set_to_none=True)
         loss = next_byte_loss(self.model, sequences.to(self.device))
         loss.backward()
@@ -164,12 +168,13 @@ class Trainer:
         self.text = text
         self.step = 0
         device = torch.device(config.device or "cpu")
-        self.runs = [Run(config.optimizer, config, device, DTYPES[config.dtype])]
+        choice = OPTIMIZERS[config.optimizer]
+        self.runs = [Run(config.optimizer, choice, config, device, DTYPES[config.dtype])]
         if config.compare:
-            twin = OPTIMIZERS[config.optimizer].twin
+            twin = OPTIMIZERS[choice.twin]
             # "fp32 twin": torch keeps state in the parameters' dtype, so its parameters are fp32 too.
-            twin_dtype = DTYPES[config.dtype] if OPTIMIZERS[twin].op else torch.float32
-            self.runs.append(Run(twin, config, device, twin_dtype))
+            twin_dtype = DTYPES[config.dtype] if twin.op else torch.float32
+            self.runs.append(Run(choice.twin, twin, config, device, twin_dtype))
 
     def train_step(self) -> list[float]:
         """One step of every run. Returns their losses."""

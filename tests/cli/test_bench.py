@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -75,29 +75,35 @@ def test_table_and_json_hold_every_optimizer(bench: Command, tmp_path: Path) -> 
     assert rows[REFERENCE.name]["state_bytes_per_param"] == pytest.approx(4, abs=0.01)
 
 
-def test_candidate_and_reference_take_turns() -> None:
-    order: list[str] = []
+class Candidates(torch.optim.SGD):
+    """Writes down who steps."""
 
-    class Recorder(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:
-            order.append("candidate")
+    order: ClassVar[list[str]] = []
+    name = "candidate"
 
-    class Reference(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:
-            order.append("reference")
+    def step(self, closure: Any = None) -> None:
+        self.order.append(self.name)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(candidates, "REFERENCE", Candidate("reference", "torch", Reference))
-        row = measure(Candidate("x", "torch", Recorder), make_parameters(SHAPES, CPU, torch.float32, 0), CPU, 4)
+
+class References(Candidates):
+    name = "reference"
+
+
+def test_candidate_and_reference_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "REFERENCE", Candidate("reference", f"{__name__}:References"))
+    candidate = Candidate("x", f"{__name__}:Candidates")
+    row = measure(candidate, make_parameters(SHAPES, CPU, torch.float32, 0), CPU, 4)
     assert row.error is None
-    assert order == ["reference", "candidate"] * (2 + 4)
+    assert Candidates.order == ["reference", "candidate"] * (2 + 4)
+
+
+class Broken(torch.optim.SGD):
+    def __init__(self, *arguments: object, **options: object) -> None:
+        raise OSError("no kernel image\nfor this device")
 
 
 def test_failing_peer_is_a_row_with_the_reason(bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        raise OSError("no kernel image\nfor this device")
-
-    peers = (Candidate("broken peer", "torch", build), *CANDIDATES)
+    peers = (Candidate("broken peer", f"{__name__}:Broken"), *CANDIDATES)
     monkeypatch.setattr(candidates, "CANDIDATES", peers)
     result = bench("--only", "broken*", "--json", tmp_path / "b.json")
     assert result.status == 0
@@ -106,13 +112,19 @@ def test_failing_peer_is_a_row_with_the_reason(bench: Command, tmp_path: Path, m
 
 
 def test_failure_of_ours_is_exit_status_1(bench: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        raise RuntimeError("out of order")
-
-    monkeypatch.setattr(candidates, "CANDIDATES", (Candidate("a8multi X", "a8multi", build),))
+    failing = Candidate("a8multi X", "a8multi:AdamW8bit", {"lr": -1.0})
+    monkeypatch.setattr(candidates, "CANDIDATES", (failing,))
     result = bench()
     assert result.status == 1
-    assert "a8multi X: RuntimeError: out of order" in result.out
+    assert "a8multi X: ValueError: lr must be" in result.out
+
+
+def test_rank_of_apollo_fits_every_matrix() -> None:
+    (ours,) = (one for one in CANDIDATES if one.name == "a8multi APOLLO8bit rank 256")
+    parameters = make_parameters([(300, 512), (512,), (16, 4096), (300, 300)], CPU, torch.float32, 0)
+    groups = ours.build(parameters).param_groups
+    found = {group["apollo_rank"]: [tuple(one.shape) for one in group["params"]] for group in groups}
+    assert found == {256: [(300, 512), (512,), (300, 300)], 16: [(16, 4096)]}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,112 @@
+"""bench/losses.py on a tiny model and a text of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+TINY = "--threads 1 --width 40 --layers 1 --heads 2 --context 16 --batch-size 4 --warmup 1"
+
+Result = dict[str, Any]
+Measure = Callable[..., tuple[int, Result]]
+
+
+@pytest.fixture
+def losses(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("losses")
+
+
+@pytest.fixture
+def measure(losses: ModuleType, text: Path, tmp_path: Path) -> Measure:
+    """Runs the script on the tiny model. Returns the exit status and the JSON."""
+
+    def run(*arguments: object) -> tuple[int, Result]:
+        output = tmp_path / "losses.json"
+        status = losses.main(["--data", str(text), "--json", str(output), *TINY.split(), *map(str, arguments)])
+        return status, json.loads(output.read_text(encoding="utf-8"))
+
+    return run
+
+
+def _rows(result: Result) -> dict[str, Result]:
+    return {row["name"]: row for row in result["rows"]}
+
+
+def test_rows_are_compared_with_fp32(measure: Measure, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("a8multi AdamW8bit", "a8multi AdamW8bit, m and v fp32")
+    plot = tmp_path / "losses.png"
+    status, result = measure("--steps", 25, "--seeds", 3, "--only", *names, "--png", plot)
+    rows = _rows(result)
+    assert status == 0
+    assert list(rows) == ["torch AdamW fp32", *names]
+    reference, ours, same = rows.values()
+    assert [run["seed"] for run in ours["runs"]] == [0, 1, 2]
+    assert len(ours["runs"][0]["curve"]) == 3
+    # It learns: from log(256) = 5.5 downwards, with every seed differently.
+    assert all(run["validation_loss"] < 4.5 < 5 < run["curve"][0] for run in ours["runs"])
+    assert len({run["validation_loss"] for run in reference["runs"]}) == 3
+    own = [run["validation_loss"] for run in ours["runs"]]
+    other = [run["validation_loss"] for run in reference["runs"]]
+    assert ours["mean"] == pytest.approx(statistics.fmean(own))
+    assert reference["standard_error"] == pytest.approx(statistics.stdev(other) / math.sqrt(3))
+    assert ours["difference"] == pytest.approx(statistics.fmean(own) - statistics.fmean(other))
+    assert ours["difference"] != 0
+    assert ours["within_one_standard_error"] is (abs(ours["difference"]) <= reference["standard_error"])
+    assert abs(same["difference"]) < 1e-4
+    assert same["within_one_standard_error"] is True
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "within s.e. of fp32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["classics", "adafactor", "came", "apollo"])
+def test_every_family_trains(measure: Measure, family: str) -> None:
+    status, result = measure("--family", family, "--steps", 2, "--seeds", 1, "--only", "a8multi*")
+    assert status == 0
+    for row in result["rows"]:
+        assert row["note"] is None, row
+        assert math.isfinite(row["mean"])
+        # One seed has no spread, so that nothing can be said.
+        assert row["standard_error"] is None
+        assert row.get("within_one_standard_error") is None
+
+
+def test_resume_makes_what_is_missing(measure: Measure, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--family", "classics", "--only", "a8multi Lion8bit", "--steps", 3, "--seeds", 2]
+    _, straight = measure(*options)
+    cut = json.loads(json.dumps(straight))
+    kept, lost = cut["rows"]
+    kept["runs"][0]["curve"] = [123.0]
+    del kept["runs"][1], lost["runs"][:]
+    (tmp_path / "losses.json").write_text(json.dumps(cut))
+    status, resumed = measure(*options, "--resume")
+    assert status == 0
+    # Taken over as it was found, not made again.
+    assert resumed["rows"][0]["runs"][0]["curve"] == [123.0]
+    assert resumed["rows"][0]["runs"][1] == straight["rows"][0]["runs"][1]
+    assert resumed["rows"][1] == straight["rows"][1]
+    assert measure(*options, "--resume", "--batch-size", 5)[0] == 2
+    assert "made with other options" in capsys.readouterr().err
+    (tmp_path / "losses.json").write_text('{"rows": []}')
+    assert measure(*options, "--resume")[0] == 2
+    assert "no result of this script" in capsys.readouterr().err
+
+
+def test_failures_are_rows(measure: Measure, script: Callable[[str], ModuleType], monkeypatch: Any) -> None:
+    families = script("fidelity_families")
+    diverging = families.Candidate("diverging", "torch.optim:SGD", {"lr": 1e30})
+    absent = families.Candidate("absent", "no_such_package.optim:AdamW")
+    monkeypatch.setitem(families.FAMILIES, "adamw", (diverging, absent))
+    status, result = measure("--steps", 5, "--seeds", 2)
+    rows = _rows(result)
+    assert status == 0
+    assert rows["diverging"]["note"].startswith("seed 0: DivergenceError: diverging: the loss is")
+    assert rows["diverging"]["runs"] == []
+    assert rows["absent"]["note"] == "not installed"
+    assert len(rows["torch AdamW fp32"]["runs"]) == 2
