@@ -17,7 +17,7 @@ from a8multi.plan import Moments, MomentSpec, Schedule, matrix_shape
 from .base import LowBitOptimizer, check_flag, check_number
 from .elementwise import averages, moment_spec
 from .hypers import hypers_of
-from .projection import Projection, Projector
+from .projection import Drawn, Projection, Projector
 from .roster import Group, Work
 
 _SCALE_TYPES = ("channel", "tensor")
@@ -110,7 +110,7 @@ class ProjectedOptimizer(LowBitOptimizer):
 
     def _plan(self, work: Work, capturing: bool) -> None:
         super()._plan(work, capturing)
-        work.projection = None
+        work.projection, work.drawn = None, Drawn()
         self._warn_of_rank(work)
         flat = [i for i in work.projected if work.params[i].is_contiguous() and work.grads[i].is_contiguous()]
         if flat:
@@ -119,7 +119,7 @@ class ProjectedOptimizer(LowBitOptimizer):
     def _projection(self, work: Work, indices: list[int], params: list[Tensor]) -> Projection:
         items = [self._item(work, i, param) for i, param in zip(indices, params, strict=True)]
         projectors = [self._projector(work.groups[i], work.params[i].shape) for i in indices]
-        return Projection(work.device, indices, items, projectors)
+        return Projection(work.device, work.drawn, indices, items, projectors)
 
     def _warn_of_rank(self, work: Work) -> None:
         ranks = {

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,20 +64,29 @@ class Projector:
         """Of the projected gradient."""
         return torch.Size((self.rows, self.rank) if self.per_row else (self.rank, self.cols))
 
-    def matrix(self, step: int, like: Tensor) -> Tensor:
-        """P of the step that follows ``step`` others, [rank, projected dimension], on the device of ``like``."""
+    def project(self, grad: Tensor, step: int, drawn: Drawn, out: Tensor) -> None:
+        """R of a gradient in the step that follows ``step`` others, in the units of P (see ``_random_matrix``)."""
         wide = self.cols if self.per_row else self.rows
-        dtype = like.dtype if like.dtype is torch.bfloat16 else torch.float32
-        return _random_matrix(self.seed, step // self.gap, self.rank, wide, dtype, like.device)
-
-    def project(self, grad: Tensor, step: int, out: Tensor) -> None:
-        """R of a gradient, in the units of P (see ``_random_matrix``)."""
-        matrix = self.matrix(step, grad)
+        dtype = grad.dtype if grad.dtype is torch.bfloat16 else torch.float32
+        matrix = drawn.matrix(step // self.gap, self.seed, self.rank, wide, dtype, grad.device)
         grad = grad.reshape(self.rows, self.cols).to(matrix.dtype)
         torch.mm(*((grad, matrix.t()) if self.per_row else (matrix, grad)), out=out.view(self.shape))
 
 
-@lru_cache(maxsize=64)
+class Drawn:
+    """The random matrices in use: of each size the last one drawn, for it is wanted until the next takes its place."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], tuple[int, Tensor]] = {}
+
+    def matrix(self, epoch: int, seed: int, *size: Any) -> Tensor:
+        """P of an interval, [rank, projected dimension]. size: rank, projected dimension, dtype and device."""
+        kept = self._kept.get((seed, *size))
+        if kept is None or kept[0] != epoch:
+            kept = self._kept[(seed, *size)] = epoch, _random_matrix(seed, epoch, *size)
+        return kept[1]
+
+
 def _random_matrix(seed: int, epoch: int, rank: int, wide: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A matrix of independent, nearly normal integers from -8 to 8: two times normal with variance 1.
 
@@ -112,14 +121,21 @@ class Projection:
 
     Args:
         device: of them.
+        drawn: the random matrices.
         members: their indices in the work.
         items: of each; ``moments`` are those of the projected gradient.
         projectors: of each.
     """
 
     def __init__(
-        self, device: torch.device, members: Sequence[int], items: Sequence[Item], projectors: Sequence[Projector]
+        self,
+        device: torch.device,
+        drawn: Drawn,
+        members: Sequence[int],
+        items: Sequence[Item],
+        projectors: Sequence[Projector],
     ) -> None:
+        self._drawn = drawn
         self.members = list(members)
         sizes = [projector.shape.numel() for projector in projectors]
         self._waves: list[tuple[list[int], _Wave]] = []
@@ -140,7 +156,8 @@ class Projection:
         """
         for members, wave in self._waves:
             steps = [work.row_keys[work.rows[i]][1] for i in members]
-            wave.run(backend, [work.grads[i].contiguous() for i in members], steps, low, scaled, live)
+            grads = [work.grads[i].contiguous() for i in members]
+            wave.run(backend, grads, steps, self._drawn, low, scaled, live)
 
 
 def _low_dtype(item: Item) -> torch.dtype:
@@ -205,13 +222,14 @@ class _Wave:
         backend: Backend,
         grads: list[Tensor],
         steps: Sequence[int | Tensor],
+        drawn: Drawn,
         low_hypers: np.ndarray,
         hypers: np.ndarray,
         live: Live | None,
     ) -> None:
         """One step of all, whose gradients and steps taken before these are."""
         for projector, grad, step, out in zip(self.projectors, grads, steps, self.low, strict=True):
-            projector.project(grad, int(step), out)
+            projector.project(grad, int(step), drawn, out)
         self._memory.zero_()
         for kind, (plan, members) in self.adam.items():
             plan.grads = [self.low[i] for i in members]

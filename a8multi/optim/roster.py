@@ -33,11 +33,12 @@ class Work:
         row_keys: for each row its group, the steps that its parameters have taken and their type. Parameters whose
             steps are counted on the device have a row each, and their counter in the place of a number.
         plan: of all but those two; set when everything has been checked.
-        projection: the plans of the projected ones; None: there are none.
+        projection, drawn: the plans of the projected ones, and their random matrices; None: there are none.
     """
 
     plan: StepPlan
     projection: Any = None
+    drawn: Any = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -5,7 +5,7 @@ its numbers against a float64 oracle.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import a8multi
 from a8multi import settings
 from a8multi.backend.native import NativeBackend
 from a8multi.loader.structs import Flag, Phase
@@ -38,15 +37,7 @@ ORDERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def native() -> Iterator[NativeBackend]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with a8multi.use_backend("cpu"):
-        backend = a8multi.backend_for("cpu")
-        assert isinstance(backend, NativeBackend)
-        yield backend
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("native")
 
 
 def item(

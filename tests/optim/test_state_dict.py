@@ -250,6 +250,28 @@ def test_other_groups_are_refused_as_torch_does() -> None:
     assert not differences(snapshot(optimizer, params), before)
 
 
+_OTHERS = {
+    "sgd for lion": (lambda p: a8multi.SGD8bit(p, momentum=0.9), a8multi.Lion8bit, "'betas'"),
+    "lion for sgd": (a8multi.Lion8bit, lambda p: a8multi.SGD8bit(p, momentum=0.9), "'momentum'"),
+    "lion for lars": (a8multi.Lion8bit, lambda p: a8multi.LARS8bit(p, momentum=0.9), "'momentum'"),
+    "sgd for lars": (lambda p: a8multi.SGD8bit(p, momentum=0.9), a8multi.LARS8bit, "'trust_coefficient'"),
+    "rmsprop for adagrad": (a8multi.RMSprop8bit, a8multi.Adagrad8bit, "'lr_decay'"),
+    "adagrad for rmsprop": (a8multi.Adagrad8bit, a8multi.RMSprop8bit, "it was not saved by RMSprop8bit"),
+    "adamw for lamb": (a8multi.AdamW8bit, a8multi.LAMB8bit, "'bias_correction'"),
+    "came for adafactor": (a8multi.CAME8bit, a8multi.Adafactor8bit, "it was not saved by Adafactor8bit"),
+}
+
+
+@pytest.mark.parametrize(("saver", "loader", "word"), _OTHERS.values(), ids=_OTHERS.keys())
+def test_the_state_of_another_rule_is_refused(saver: Any, loader: Any, word: str) -> None:
+    """Some rules keep the same tensors: only their options tell them apart."""
+    params, strangers = parameters(SHAPES), parameters(SHAPES)
+    optimizer, stranger = loader(params), saver(strangers)
+    run(optimizer, params, range(1))
+    run(stranger, strangers, range(1))
+    _assert_refused(optimizer, params, copy.deepcopy(stranger.state_dict()), word)
+
+
 # --- Hooks of the user. ---
 
 
