@@ -95,7 +95,7 @@ A8_FN auto a8_log8_decode(U code, int32_t lo, int32_t step) {
 // A number in [1, 2): 1 + the phase.
 template <typename U>
 A8_FN auto a8_offset(U phase) {
-  return a8_float(0x3f800000u | (phase & 0x7fffffu));
+  return a8_float((phase >> 9) + 0x3f800000u);
 }
 
 // --- Formats scaled by the block's largest magnitude: int8 and nf4. Block header: float32 scale. ---
