@@ -32,8 +32,8 @@ A8_FN float a8_combine(float* sums, int64_t stride, int64_t parts) {
 A8_FN float a8_mean_of(float* sums, int64_t stride, int64_t parts, float* mean, float count, const a8_hyper* hyper,
                        uint32_t phases) {
   float sum = phases & A8_REDUCE ? a8_combine(sums, stride, parts) : sums[0];
-  if (phases & A8_MOMENTS) *mean = a8_average(hyper, *mean, a8_div(sum, count));
-  return *mean;
+  if (!(phases & A8_MOMENTS)) return sum;  // there may be no mean
+  return *mean = a8_average(hyper, *mean, a8_div(sum, count));
 }
 
 // Partial sums of the tiles, in order, into row and column sums (A8_REDUCE); then the means, and each column's factor of
@@ -90,10 +90,10 @@ A8_FN bool a8_has_confidence(const a8_batch& batch, const a8_matrix_tile& tile, 
 extern "C" __global__ void __launch_bounds__(A8_THREADS, 2)
     a8_adafactor_residual_kernel(a8_batch batch, float* scratch, uint32_t averages) {
   __shared__ a8_reduce_room room;
-  __shared__ float levels[16];
+  __shared__ a8_nf4_table table;
   if (a8_skips(batch)) return;
   a8_matrix_tile tile = a8_tile_of(batch, blockIdx.x);
-  if (a8_has_confidence(batch, tile, averages)) a8_residual_tile(batch, tile, scratch, &room, levels);
+  if (a8_has_confidence(batch, tile, averages)) a8_residual_tile(batch, tile, scratch, &room, &table);
 }
 
 // Like a8_adafactor_means_kernel, of the confidence s: with A8_AVERAGE_UPDATE each column's factor of 1 / sqrt(s), else that

@@ -113,6 +113,7 @@ A8_FN float a8_apply_factored(const a8_factor_job& job, char* arena, const a8_nf
 // The maximum over groups of `lanes` lanes: 4, 8, 16 or 32.
 A8_FN uint32_t a8_group_max(uint32_t x, uint32_t lanes) {
   if (lanes == 32) return a8_lanes_max<32>(x);
+  if (lanes == 16) return a8_lanes_max<16>(x);
   for (uint32_t bit = lanes / 2; bit > 0; bit /= 2) x = max(x, __shfl_xor_sync(A8_LANE_MASK, x, bit));
   return x;
 }
@@ -171,21 +172,21 @@ A8_FN void a8_put_second(const a8_factor_job& job, const a8_factor_write& write,
   __stcs(reinterpret_cast<uint2*>(const_cast<char*>(place.second) + e), make_uint2(packed[0], packed[1]));
 }
 
-// The order in which the lines of a chunk are worked on: of each log8 block first all lines for its extremes, then all for
-// the update.
+// The order in which the lines of a chunk are worked on: of each log8 block that is longer than a line first all lines for its
+// extremes, then all for the update; of a shorter one both at once.
 typedef struct a8_full_order {
   uint32_t line0;  // of the block: its first element
   uint32_t at;     // of the line
   uint32_t block;  // elements of a block, or of a line when that is more
   uint32_t count;  // of the chunk
-  bool log8, updates;
+  bool twice, updates;
 } a8_full_order;
 
 A8_FN void a8_next_line(a8_full_order* order) {
   order->at += A8_LINE;
   if (order->at < min(order->line0 + order->block, order->count)) return;
   if (order->updates) order->line0 += order->block;
-  order->updates = !order->updates || !order->log8;
+  order->updates = !order->updates || !order->twice;
   order->at = order->line0;
 }
 
@@ -198,11 +199,12 @@ A8_FN float a8_apply_full(const a8_factor_job& job, char* arena, const a8_nf4_ta
   const a8_factor_write write = a8_factor_write_of(job);
   const uint32_t mine = 8 * a8_lane(), block = max(place.log8 ? 1u << place.second_shift : 0u, A8_LINE);
   const uint32_t lanes = min(1u << place.second_shift >> 3, 32u);  // of a block
-  a8_full_order now = {0, 0, block, place.count, place.log8, !place.log8}, ahead = now;
+  const bool twice = place.log8 && block > A8_LINE;
+  a8_full_order now = {0, 0, block, place.count, twice, !twice}, ahead = now;
   float accumulators[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 1
   for (int i = 0; i < Stages::kCount; ++i) {
-    stages.load(place, mine + ahead.at, ahead.updates);
+    stages.load(place, mine + ahead.at, ahead.updates, !twice || !ahead.updates);
     stages.turn();
     a8_next_line(&ahead);
   }
@@ -226,25 +228,25 @@ A8_FN float a8_apply_full(const a8_factor_job& job, char* arena, const a8_nf4_ta
     if (updates) {
       stages.read_values(Stages::kParamAt, &param);
       if (kMomentum) stages.read_first(&first);
-    } else if (first_line) {
-      plan.old_header = stages.read_header();
     }
-    stages.load(place, mine + ahead.at, ahead.updates);
+    if (first_line && (!twice || !updates)) plan.old_header = stages.read_header();
+    stages.load(place, mine + ahead.at, ahead.updates, !twice || !ahead.updates);
     stages.turn();
     a8_next_line(&ahead);
     a8_next_line(&now);
     a8_new_second_of<kGrad>(place.log8, codes, plan.old_header, place.second + (uint64_t)e * 4, active, grad, job.hyper,
                             v);
-    if (!updates) {
+    if (place.log8 && (!twice || !updates)) {
       a8_extend_eight(&extremes, v);
-      if (!now.updates) continue;
+      if (twice && !now.updates) continue;
+      uint32_t at = twice ? mine + now.at : e;
       a8_log8_header header;
       plan = a8_plan_log8(extremes, lanes, plan.old_header, &header);
       extremes = {0xffffffffu, 0u};
-      if (mine + now.at < place.count && (threadIdx.x & (lanes - 1u)) == 0)
-        *reinterpret_cast<uint32_t*>(const_cast<char*>(place.second_block) +
-                                     (mine + now.at >> place.second_shift) * 4) = a8_log8_pack(header);
-      continue;
+      if (at < place.count && (threadIdx.x & (lanes - 1u)) == 0)
+        *reinterpret_cast<uint32_t*>(const_cast<char*>(place.second_block) + (at >> place.second_shift) * 4) =
+            a8_log8_pack(header);
+      if (twice) continue;
     }
     float root[8], m[8], u[8];
     if (!place.log8) plan.ordinary = a8_are_ordinary(v);
@@ -280,7 +282,7 @@ A8_FN float a8_apply_typed(const a8_factor_job& job, char* arena, const a8_nf4_t
 A8_FN bool a8_applies_warp(const a8_factor_job& job) {
   const a8_tensor* t = job.tensor;
   if (a8_averages_update(job) && (t->second_format != A8_FACTORED || t->first_format == A8_NONE ||
-                                  a8_confidence_cols_at(t) + t->cols > 0xffffffffll))
+                                  !a8_suits_factors(job, a8_confidence_cols_at(t))))
     return false;
   return t->param_dtype == t->grad_dtype || (t->param_dtype == A8_BF16 && t->grad_dtype == A8_F32);
 }

@@ -11,9 +11,10 @@
 #define A8_MOMENT_BLOCK 128  // block size of a quantised first moment here
 #define A8_LINE A8_LANES
 
-// Beyond the maximum a root is taken by the compiler's guarded functions. Below 2^-100 every root meets the bound.
+// Beyond the maximum a root is taken by the compiler's guarded functions. Below 2^-100 every root meets the bound, which is
+// under 2^50; only element-wise moments need one, for the factors of a factored one are made elsewhere.
 #define A8_ROOT_MAX A8_TWO_TO(100)
-#define A8_BOUND_MAX A8_TWO_TO(49)
+#define A8_BOUND_MAX 1.1e15f
 
 #define A8_TYPES(param, grad) ((param) * 4u + (grad))
 
@@ -172,15 +173,10 @@ A8_FN void a8_factored_roots(const a8_matrix_place& place, float bound, bool act
   float row = 0.0f;
   if (active) row = place.scratch[place.row];
   const float* col = place.scratch + (place.cols + place.col);
-  if (place.cols % 4 == 0) {  // the scratch itself is
 #pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-      float4 x = *reinterpret_cast<const float4*>(col + i);
-      root[i] = x.x, root[i + 1] = x.y, root[i + 2] = x.z, root[i + 3] = x.w;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) root[i] = col[i];
+  for (int i = 0; i < 8; i += 4) {
+    float4 x = *reinterpret_cast<const float4*>(col + i);
+    root[i] = x.x, root[i + 1] = x.y, root[i + 2] = x.z, root[i + 3] = x.w;
   }
 #pragma unroll
   for (int i = 0; i < 8; ++i) root[i] = a8_bounded(row * root[i], bound);
@@ -282,6 +278,11 @@ A8_FN void a8_add_eight_squares(const float* x, float* accumulators) {
   for (int i = 0; i < 8; ++i) accumulators[i] += x[i] * x[i];
 }
 
+// Whether a8_factored_roots takes column factors that begin there in the scratch.
+A8_FN bool a8_suits_factors(const a8_factor_job& job, int64_t cols_at) {
+  return cols_at + job.tensor->cols <= 0xffffffffll && a8_aligned(job.scratch + cols_at, 16);
+}
+
 // Whether a fast path takes the chunk, for types that have one.
 A8_FN bool a8_suits_warp(const a8_factor_job& job) {
   const a8_tensor* t = job.tensor;
@@ -289,10 +290,10 @@ A8_FN bool a8_suits_warp(const a8_factor_job& job) {
   bool first = t->first_format == A8_NONE || (t->first_format == A8_INT8 && block && a8_aligned(t->first, 8)) ||
                (t->first_format == A8_NF4 && block && a8_aligned(t->first, 4)) ||
                (t->first_format == A8_STATE_F32 && a8_aligned(t->first, 16));
-  bool second = t->second_format == A8_FACTORED ? t->cols % 8 == 0 && t->cols <= 0x7fffffff &&
-                                                      t->col_at + t->cols <= 0xffffffffll && a8_aligned(job.scratch, 16)
-                : t->second_format == A8_LOG8   ? a8_aligned(t->second, 8)
-                                                : a8_aligned(t->second, 16);
-  return first && second && job.count % 8 == 0 && job.bound <= A8_BOUND_MAX && a8_aligned(t->param, 16) &&
-         a8_aligned(t->grad, 16);
+  bool second = t->second_format == A8_FACTORED
+                    ? t->cols % 8 == 0 && t->cols <= 0x7fffffff && a8_suits_factors(job, t->col_at)
+                : t->second_format == A8_LOG8 ? a8_aligned(t->second, 8)
+                                              : a8_aligned(t->second, 16);
+  bool bound = t->second_format == A8_FACTORED || job.bound <= A8_BOUND_MAX;
+  return first && second && bound && job.count % 8 == 0 && a8_aligned(t->param, 16) && a8_aligned(t->grad, 16);
 }

@@ -63,6 +63,7 @@ static __device__ __noinline__ float a8_chunk_squares(const a8_factor_job& job, 
                                                       a8_square_room* room) {
   const a8_tensor* t = job.tensor;
   float squares = 0.0f;
+  __syncthreads();  // the room may be in use
   a8_share_levels(room->moments.levels);
   for (uint32_t start = 0; start < job.count; start += A8_MAX_BLOCK) {
     a8_span span = a8_span_of(t, job.from + start, job.count - start, 0xffffffffu);
@@ -110,6 +111,7 @@ static __device__ __noinline__ void a8_apply_general(const a8_tensor* t, const a
   const a8_factor_job job = a8_factor_job_of(t, h, scratch, part);
   const a8_factor_write write = a8_factor_write_of(job);
   a8_moment_room* moments = &room->moments;
+  __syncthreads();  // the room may be in use
   bool noisy_write = (job.hyper.flags & A8_STOCHASTIC_WRITE) && t->param_dtype != A8_F32;
   bool noisy_state = job.hyper.flags & A8_STOCHASTIC_STATE;
   float param_squares = 0.0f;

@@ -2,8 +2,8 @@
 // adafactor_reduce.cuh. A tile's rows begin anywhere in a block of the first moment, so headers are read from memory.
 #pragma once
 
+#include "adafactor_fast.cuh"
 #include "adafactor_reduce.cuh"
-#include "moments.cuh"
 
 // What the residual of an element follows from, besides the element.
 typedef struct a8_residual_rule {
@@ -14,18 +14,21 @@ typedef struct a8_residual_rule {
   bool averages;  // A8_AVERAGE_UPDATE
 } a8_residual_rule;
 
+// kAverages: of a tensor with A8_AVERAGE_UPDATE; else of any.
+template <bool kAverages>
 A8_FN float a8_residual_of(const a8_residual_rule& r, float g, float root, float m) {
   float gradient = a8_signed(g, r.sign), u = gradient * root;
-  if (r.averages) u = u * r.clipped;
-  m = r.beta1 * m + r.one_minus_beta1 * (r.averages ? u : gradient);
-  return a8_residual(u, r.averages ? m : m * root, r.eps3);
+  bool averages = kAverages || r.averages;
+  if (averages) u = u * r.clipped;
+  m = r.beta1 * m + r.one_minus_beta1 * (averages ? u : gradient);
+  return a8_residual(u, averages ? m : m * root, r.eps3);
 }
 
 // Where a lane's eight of a tile's row come from.
 typedef struct a8_residual_place {
   const a8_tensor* tensor;
   const float *row_factor, *col_factor;  // of the matrix
-  const float* levels;                   // of nf4, in shared memory
+  const a8_nf4_table* table;             // in shared memory
   uint32_t first_shift;                  // log2 of the first moment's block size
 } a8_residual_place;
 
@@ -38,56 +41,94 @@ A8_FN float a8_first_at(const a8_residual_place& place, int64_t e) {
   if (format == A8_STATE_BF16) return a8_from_bf16(*a8_at<uint16_t>(t->first, e));
   uint32_t code =
       format == A8_NF4 ? *a8_at<uint8_t>(t->first, e / 2) >> (4 * (e & 1)) & 15u : *a8_at<uint8_t>(t->first, e);
-  return a8_decode(format, code, a8_load_header(t->first_block, format, e >> place.first_shift), place.levels);
+  return a8_decode(format, code, a8_load_header(t->first_block, format, e >> place.first_shift), place.table->levels);
 }
 
-// Of eight elements from a multiple of eight on, aligned (a8_suits_eight): they lie in one block.
-A8_FN void a8_first_eight_at(const a8_residual_place& place, int64_t e, float* m) {
+// What is stored of eight elements from a multiple of eight on, aligned (a8_suits_eight): they lie in one block. Codes only.
+A8_FN void a8_load_first(const a8_residual_place& place, uint32_t format, int64_t e, a8_first_eight* x) {
   const a8_tensor* t = place.tensor;
-  const char* first = static_cast<const char*>(t->first);
-  uint32_t raw[8];
+  if (format == A8_INT8) {
+    uint2 codes = *reinterpret_cast<const uint2*>(a8_at<char>(t->first, e));
+    x->codes[0] = codes.x, x->codes[1] = codes.y;
+  } else if (format == A8_NF4) {
+    x->codes[0] = *reinterpret_cast<const uint32_t*>(a8_at<char>(t->first, e / 2));
+  } else {
+    return;
+  }
+  x->scale = *a8_at<float>(t->first_block, e >> place.first_shift);
+}
+
+// Their values, from the codes or, of a moment that has none, from memory.
+A8_FN void a8_first_values(const a8_residual_place& place, uint32_t format, int64_t e, const a8_first_eight& x,
+                           float* m) {
+  const a8_tensor* t = place.tensor;
+  if (format == A8_STATE_BF16) {
+    a8_eight<A8_BF16> raw;
+    a8_get<A8_BF16, false>(&raw, t->first, e);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) m[i] = 0.0f;
-  if (t->first_format == A8_NF4) {
-    uint32_t codes = *reinterpret_cast<const uint32_t*>(first + e / 2);
-    float scale = *a8_at<float>(t->first_block, e >> place.first_shift);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) m[i] = place.levels[codes >> (4 * i) & 15u] * scale;
-  } else if (t->first_format == A8_INT8) {
-    uint2 codes = *reinterpret_cast<const uint2*>(first + e);
-    float scale = *a8_at<float>(t->first_block, e >> place.first_shift);
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      m[i] = a8_int8_decode((int32_t)(int8_t)((i < 4 ? codes.x : codes.y) >> (8 * (i % 4))), scale);
-  } else if (t->first_format == A8_STATE_F32) {
-    a8_load_eight<A8_F32>(first + 4 * e, raw);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) m[i] = a8_float(raw[i]);
-  } else if (t->first_format == A8_STATE_BF16) {
-    a8_load_eight<A8_BF16>(first + 2 * e, raw);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) m[i] = a8_value<A8_BF16>(raw, i);
+    for (int i = 0; i < 8; ++i) m[i] = a8_value<A8_BF16>(raw.w, i);
+  } else {
+    a8_decode_first(x, format, a8_at<float>(t->first, e), format == A8_STATE_F32, place.table, m);
   }
 }
 
 // Whether rows begin at multiples of eight elements, and every array where wide loads need it.
-A8_FN bool a8_suits_eight(const a8_tensor* t) {
+A8_FN bool a8_suits_eight(const a8_residual_place& place) {
+  const a8_tensor* t = place.tensor;
   uint32_t first = t->first_format == A8_NF4 ? 4 : t->first_format == A8_INT8 ? 8 : 16;
-  return t->cols % 8 == 0 && a8_aligned(t->grad, 16) && (t->first_format == A8_NONE || a8_aligned(t->first, first));
+  return t->cols % 8 == 0 && a8_aligned(t->grad, 16) && a8_aligned(place.col_factor, 16) &&
+         (t->first_format == A8_NONE || a8_aligned(t->first, first));
+}
+
+// The factors of eight neighbouring columns, of which the first `exist` exist.
+template <bool kAligned>
+A8_FN void a8_column_factors(const a8_residual_place& place, int64_t col, int exist, float* factor) {
+  const float* in = place.col_factor + col;
+  if (kAligned) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      float4 x = *reinterpret_cast<const float4*>(in + i);
+      factor[i] = x.x, factor[i + 1] = x.y, factor[i + 2] = x.z, factor[i + 3] = x.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) factor[i] = i < exist ? in[i] : 0.0f;
+  }
 }
 
 // One run of rows by one warp: row sums to `row_sums`, the run's column sums to `columns` in shared memory. row0, col0: of the
-// matrix, the run's first. kAligned: a8_suits_eight, with gradients of kDtype; else of `dtype`.
-template <uint32_t kDtype, bool kAligned>
+// matrix, the run's first. kAligned: a8_suits_eight, with gradients of kDtype, of 16 bits loaded while the row before is worked
+// on; else of any type. kFirst: the format of a first moment that averages updates, or A8_NONE for all others: a loop for each
+// format would not fit the instruction cache.
+template <uint32_t kDtype, bool kAligned, uint32_t kFirst>
 A8_FN void a8_residual_run(const a8_residual_place& place, const a8_residual_rule& rule, int64_t row0, int64_t col0,
                            int rows, int cols, float* row_sums, float* columns) {
   const a8_tensor* t = place.tensor;
+  const uint32_t format = kFirst == A8_NONE ? t->first_format : kFirst;
+  const bool kAhead = kAligned && kDtype != A8_F32;  // of float32 it would not fit the registers
   int lane = (int)a8_lane();
   float column[A8_TILE_LINES][8];
+  uint32_t grad[A8_TILE_LINES][kDtype == A8_F32 ? 8 : 4];
+  a8_first_eight first[A8_TILE_LINES];
+  int64_t next = row0 * t->cols + col0 + 8 * lane;  // of the row to be loaded: the lane's first element
+  auto load = [&](int k) {
+    int exist = cols - k * A8_LANES - 8 * lane;
+    int64_t e = next + k * A8_LANES;
+    if (exist <= 0) return;
+    if (kAligned) {
+      a8_load_eight<kDtype>(a8_at<char>(t->grad, e * (kDtype == A8_F32 ? 4 : 2)), grad[k]);
+      a8_load_first(place, format, e, &first[k]);
+    } else {
+      a8_load_any(a8_at<char>(t->grad, e * (t->grad_dtype == A8_F32 ? 4 : 2)), t->grad_dtype, exist, grad[k]);
+    }
+  };
 #pragma unroll
-  for (int k = 0; k < A8_TILE_LINES; ++k)
+  for (int k = 0; k < A8_TILE_LINES; ++k) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) column[k][i] = 0.0f;
+    if (kAhead) load(k);
+  }
+  float row_factor = place.row_factor[row0];
 #pragma unroll 1
   for (int row = 0; row < rows; row += 2) {
     float lanes[16];
@@ -96,33 +137,36 @@ A8_FN void a8_residual_run(const a8_residual_place& place, const a8_residual_rul
 #pragma unroll
       for (int i = 0; i < 8; ++i) lanes[8 * r + i] = 0.0f;
       if (row + r >= rows) continue;
-      float row_factor = place.row_factor[row0 + row + r];
+      bool more = row + r + 1 < rows;
+      int64_t at = next;
+      float factor = row_factor;
+      if (kAhead) next += t->cols;
+      if (more) row_factor = place.row_factor[row0 + row + r + 1];
 #pragma unroll
       for (int k = 0; k < A8_TILE_LINES; ++k) {
-        int at = k * A8_LANES + 8 * lane, exist = cols - at;
-        if (exist <= 0) continue;
-        int64_t e = (row0 + row + r) * t->cols + col0 + at;
-        const float* col_factor = place.col_factor + col0 + at;
-        uint32_t raw[8];
-        float m[8];
-        if (kAligned) {
-          a8_load_eight<kDtype>(static_cast<const char*>(t->grad) + e * (kDtype == A8_F32 ? 4 : 2), raw);
-          a8_first_eight_at(place, e, m);
-        } else {
-          a8_load_any(static_cast<const char*>(t->grad) + e * (t->grad_dtype == A8_F32 ? 4 : 2), t->grad_dtype, exist,
-                      raw);
+        int exist = cols - k * A8_LANES - 8 * lane;
+        float g[8], m[8], root[8];
+        if (exist > 0) {
+          int64_t e = at + k * A8_LANES;
+          if (!kAhead) load(k);
+          a8_column_factors<kAligned>(place, col0 + k * A8_LANES + 8 * lane, exist, root);
 #pragma unroll
-          for (int i = 0; i < 8; ++i) m[i] = i < exist ? a8_first_at(place, e + i) : 0.0f;
-        }
+          for (int i = 0; i < 8; ++i) {
+            g[i] = a8_value<kDtype>(grad[k], i);
+            if (!kAligned) m[i] = i < exist ? a8_first_at(place, e + i) : 0.0f;
+          }
+          if (kAligned) a8_first_values(place, format, e, first[k], m);
+          if (kAhead && more) load(k);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          if (!kAligned && i >= exist) continue;
-          float root = a8_at_most(row_factor * col_factor[i], rule.bound);
-          float x = a8_residual_of(rule, a8_value<kDtype>(raw, i), root, m[i]);
-          lanes[8 * r + i] += x;
-          column[k][i] += x;
+          for (int i = 0; i < 8; ++i) {
+            if (!kAligned && i >= exist) continue;
+            float x = a8_residual_of<kFirst != A8_NONE>(rule, g[i], a8_bounded(factor * root[i], rule.bound), m[i]);
+            lanes[8 * r + i] += x;
+            column[k][i] += x;
+          }
         }
       }
+      if (!kAhead) next += t->cols;
     }
     float sum = a8_fold_two(lanes);
     if (lane % 16 == 0 && row + lane / 16 < rows) row_sums[row + lane / 16] = sum;
@@ -130,16 +174,43 @@ A8_FN void a8_residual_run(const a8_residual_place& place, const a8_residual_rul
   a8_put_columns(column, columns);
 }
 
+template <uint32_t kDtype>
+A8_FN void a8_residual_aligned(const a8_residual_place& place, const a8_residual_rule& rule, int64_t row0, int64_t col0,
+                               int rows, int cols, float* row_sums, float* columns) {
+  uint32_t format = place.tensor->first_format;
+  if (rule.averages && format == A8_INT8)
+    a8_residual_run<kDtype, true, A8_INT8>(place, rule, row0, col0, rows, cols, row_sums, columns);
+  else if (rule.averages && format == A8_NF4)
+    a8_residual_run<kDtype, true, A8_NF4>(place, rule, row0, col0, rows, cols, row_sums, columns);
+  else
+    a8_residual_run<kDtype, true, A8_NONE>(place, rule, row0, col0, rows, cols, row_sums, columns);
+}
+
+// first: the run's first row in the tile.
+A8_FN void a8_residual_typed(const a8_residual_place& place, const a8_residual_rule& rule, const a8_matrix_tile& tile,
+                             int first, int rows, float* row_sums, float* columns) {
+  const a8_tensor* t = place.tensor;
+  int64_t row0 = tile.row + first;
+  if (!a8_suits_eight(place))
+    a8_residual_run<A8_F32, false, A8_NONE>(place, rule, row0, tile.col, rows, tile.cols, row_sums, columns);
+  else if (t->grad_dtype == A8_BF16)
+    a8_residual_aligned<A8_BF16>(place, rule, row0, tile.col, rows, tile.cols, row_sums, columns);
+  else if (t->grad_dtype == A8_F32)
+    a8_residual_aligned<A8_F32>(place, rule, row0, tile.col, rows, tile.cols, row_sums, columns);
+  else
+    a8_residual_aligned<A8_F16>(place, rule, row0, tile.col, rows, tile.cols, row_sums, columns);
+}
+
 A8_FN void a8_residual_tile(const a8_batch& batch, const a8_matrix_tile& tile, float* scratch, a8_reduce_room* room,
-                            float* levels) {
+                            a8_nf4_table* table) {
   const a8_tensor* t = tile.tensor;
   const a8_hyper* h = batch.hypers + t->hyper;
-  a8_share_levels(levels);
+  a8_share_nf4_table(table);
   __syncthreads();
   int run = (int)a8_warp_number(), first = run * A8_RUN_ROWS, rows = min(tile.rows - first, A8_RUN_ROWS);
   float* row_sums = scratch + t->residual_at + tile.across * t->rows + tile.row + first;
   float* col_sums = scratch + a8_confidence_cols_at(t) + tile.down * t->cols + tile.col;
-  a8_residual_place place = {t, scratch + t->row_at, scratch + t->col_at, levels, 0};
+  a8_residual_place place = {t, scratch + t->row_at, scratch + t->col_at, table, 0};
   place.first_shift = a8_block_shift(t->first_format, t->first_block_size);
   a8_residual_rule rule;
   rule.bound = a8_div(1.0f, h->eps);
@@ -147,16 +218,6 @@ A8_FN void a8_residual_tile(const a8_batch& batch, const a8_matrix_tile& tile, f
   rule.averages = h->flags & A8_AVERAGE_UPDATE;
   rule.clipped = rule.averages ? a8_adafactor_rule_of(h, 0.0f, (float)t->numel, scratch + t->sum_at).clipped : 1.0f;
   rule.sign = h->flags & A8_MAXIMIZE ? 0x80000000u : 0u;
-  if (rows > 0) {
-    int64_t row0 = tile.row + first;
-    if (!a8_suits_eight(t))
-      a8_residual_run<A8_F32, false>(place, rule, row0, tile.col, rows, tile.cols, row_sums, room->runs[run]);
-    else if (t->grad_dtype == A8_BF16)
-      a8_residual_run<A8_BF16, true>(place, rule, row0, tile.col, rows, tile.cols, row_sums, room->runs[run]);
-    else if (t->grad_dtype == A8_F32)
-      a8_residual_run<A8_F32, true>(place, rule, row0, tile.col, rows, tile.cols, row_sums, room->runs[run]);
-    else
-      a8_residual_run<A8_F16, true>(place, rule, row0, tile.col, rows, tile.cols, row_sums, room->runs[run]);
-  }
+  if (rows > 0) a8_residual_typed(place, rule, tile, first, rows, row_sums, room->runs[run]);
   a8_add_runs(tile, room, col_sums);
 }

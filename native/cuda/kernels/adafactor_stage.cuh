@@ -38,8 +38,8 @@ struct a8_stages {
   }
 
   // Starts the copies of the lane's eight at element e of the chunk; beyond its end they read as zeros. of_param: all of
-  // them; else the gradient and the second moment alone.
-  A8_MEMBER void load(const a8_lane_place& place, uint32_t e, bool of_param) {
+  // them; else the gradient and the second moment alone. of_header: the second moment's too.
+  A8_MEMBER void load(const a8_lane_place& place, uint32_t e, bool of_param, bool of_header = true) {
     bool exists = e < place.count;
     load_values<kGradBytes>(0, place.grad + (uint64_t)e * kGradBytes, exists);
     if (kParamBytes && of_param) load_values<kParamBytes>(kParamAt, place.param + (uint64_t)e * kParamBytes, exists);
@@ -52,7 +52,7 @@ struct a8_stages {
     }
     if (kFull && place.log8) {
       a8_copy_or_zero<8>(arena + at + kSecondAt + 8 * a8_lane(), place.second + e, exists);
-      if (!kParamBytes || !of_param)
+      if (of_header)
         a8_copy_or_zero<4>(arena + at + kHeaderAt + 4 * a8_lane(), place.second_block + (e >> place.second_shift) * 4,
                            exists);
     }
