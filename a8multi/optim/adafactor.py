@@ -65,7 +65,8 @@ class Adafactor8bit(ProjectedOptimizer):
         factored: keep row and column means of the squared gradient instead of an element-wise second moment, for
             parameters of two or more dimensions.
         quantize: quantise the element-wise state. May be changed between steps: the state is converted, not lost.
-        block_size: of an element-wise second moment (log8), a power of two from 32 to 4096.
+        block_size: of an element-wise second moment (log8), a power of two from 32 to 4096. The default is more
+            accurate and faster than adafactor8bit's 2048, for 0.03 bytes a parameter.
         m_block_size: of the first moment, likewise.
         min_8bit_size: parameters with fewer elements keep float32 state.
         use_cuda_kernel: False: run on the ``torch`` backend.
@@ -139,7 +140,7 @@ class Adafactor8bit(ProjectedOptimizer):
         scale_parameter: bool = True,
         factored: bool = True,
         quantize: bool = True,
-        block_size: int = 2048,
+        block_size: int = 128,
         m_block_size: int = 128,
         min_8bit_size: int = 4096,
         use_cuda_kernel: bool = True,

@@ -141,7 +141,7 @@ def test_adafactor_on_the_torch_backend(case: str) -> None:
                 torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=0)
         for name, size in (
             ("exp_avg", optimizer.param_groups[0]["m_block_size"]),
-            ("exp_avg_sq", options.get("block_size", 2048)),
+            ("exp_avg_sq", optimizer.param_groups[0]["block_size"]),
         ):
             if name in ours:
                 a, b = (decoded(state, name, p.shape, size) for state in (ours, theirs))
