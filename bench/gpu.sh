@@ -1,19 +1,62 @@
 #!/usr/bin/env bash
-# Builds both libraries for this machine's GPU and the exactness check, runs all checks and times a step against torch.
-# From anywhere: bash bench/gpu.sh [arguments of gpu_check.py]. Needs nvcc, cmake, and torch with CUDA.
-# A8_BUILD: where to build (default build/gpu). PYTHON: the interpreter that holds torch.
+# Builds for this machine's GPU, checks everything that needs one and times it beside the peers that are installed.
+# From anywhere: bash bench/gpu.sh [STAGE...], of: exact bits tests sanitize kernels bench; all of them by default.
+# Needs nvcc, cmake, ninja, scikit-build-core, and torch with CUDA; cupy and compute-sanitizer where they are to be tried too.
+# A8_BUILD: where to build (default build/gpu). OUT: where results go (default the same). PYTHON: the interpreter with torch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-build=${A8_BUILD:-build/gpu}
+root=$PWD
+python=${PYTHON:-python3}
+mkdir -p "${A8_BUILD:-build/gpu}" "${OUT:=${A8_BUILD:-build/gpu}}"
+build=$(cd "${A8_BUILD:-build/gpu}" && pwd) out=$(cd "$OUT" && pwd)
 architecture=${A8_ARCHITECTURE:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)}
-arithmetic=(-fmad=false -ftz=true -prec-div=true -prec-sqrt=true)
-mkdir -p "$build"
+stages=${*:-exact bits tests sanitize kernels bench}
 
-cmake -S . -B "$build" -DA8_CUDA=ON -DA8_CUDA_ARCHITECTURES="$architecture" >"$build/configure.log" ||
-  { cat "$build/configure.log"; exit 1; }
-cmake --build "$build" --parallel
-nvcc -O3 -std=c++17 "${arithmetic[@]}" -arch="sm_$architecture" -Inative/include -Inative/cuda/kernels \
-  bench/gpu_exact.cu -o "$build/gpu_exact"
+# The wheel's contents in a folder, so that what is tested is what a user gets.
+rm -rf "$build/site"
+SKBUILD_CMAKE_DEFINE="A8_CUDA=ON;A8_CUDA_ARCHITECTURES=$architecture" "$python" -m pip install --quiet --no-deps \
+  --no-build-isolation --target "$build/site" .
+export PYTHONPATH=$build/site${PYTHONPATH:+:$PYTHONPATH}
+libraries=(--cpu "$build/site/a8multi/lib/liba8multi_cpu.so" --cuda "$build/site/a8multi/lib/liba8multi_cuda.so")
+cd "$build" # not in the checkout, whose a8multi/ has no libraries
 
-"$build/gpu_exact"
-"${PYTHON:-python3}" bench/gpu_check.py --cpu "$build/liba8multi_cpu.so" --cuda "$build/liba8multi_cuda.so" "$@"
+has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+
+for stage in $stages; do
+  echo "--- $stage"
+  case $stage in
+    exact) # the unguarded square roots and divisions, beside the compiler's
+      nvcc -O3 -std=c++17 -fmad=false -ftz=true -prec-div=true -prec-sqrt=true -arch="sm_$architecture" \
+        -I"$root/native/include" -I"$root/native/cuda/kernels" "$root/bench/gpu_exact.cu" -o gpu_exact
+      ./gpu_exact
+      ;;
+    bits) # the libraries beneath the optimizers, hundreds of odd tensors at once
+      "$python" "$root/bench/gpu_check.py" "${libraries[@]}" --steps 100 --no-timing
+      ;;
+    tests) # every optimizer through the package, both backends
+      backends=cuda
+      has cupy && backends=cuda,cupy
+      workers=()
+      has xdist && workers=(-n "${A8_WORKERS:-8}" -p no:benchmark)
+      A8MULTI_REQUIRE_BACKEND=$backends "$python" -m pytest -c "$root/pyproject.toml" -p no:cacheprovider -q -m gpu \
+        "${workers[@]}" "$root/tests/quant" "$root/tests/optim" "$root/tests/backend" | tail -n 30
+      ;;
+    sanitize)
+      for tool in memcheck racecheck initcheck; do
+        compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" "$root/bench/gpu_short.py"
+      done
+      ;;
+    kernels) # kernel times of the two libraries' entries
+      "$python" "$root/bench/gpu_check.py" --cuda "${libraries[3]}" --json "$out/kernels.json"
+      ;;
+    bench) # a whole step through the package, beside the peers
+      for set in tinyllama-1.1b/bf16 tinyllama-1.1b/fp32 lora-r16-7b/bf16 vit-s/fp32; do
+        "$python" -m a8multi bench --set "${set%/*}" --dtype "${set#*/}" --json "$out/bench-${set/\//-}.json"
+      done
+      ;;
+    *)
+      echo "no stage $stage" >&2
+      exit 2
+      ;;
+  esac
+done
