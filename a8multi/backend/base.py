@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -67,22 +66,14 @@ class Backend(Protocol):
     def sums(self, plan: StepPlan, hypers: np.ndarray) -> list[tuple[Tensor, Tensor]]:
         """Sums of the squared gradients over each row and over each column of every item, float32 [rows] and [cols].
 
-        They may lie in the plan's scratch, where the next call with this plan overwrites them: a plan is for this or
-        for ``adafactor_scaled``, not for both.
+        They are ``plan.factors``, which the next call with this plan overwrites: a plan is for this or for
+        ``adafactor_scaled``, not for both. ``hypers`` is not read, but has a row for every item.
         """
 
-    def adafactor_scaled(
-        self,
-        plan: StepPlan,
-        factors: Sequence[tuple[Tensor | None, Tensor | None]],
-        hypers: np.ndarray,
-        live: Live | None = None,
-    ) -> None:
-        """Adafactor's norm and apply phases with given factors in the place of those of 1 / sqrt(v).
+    def adafactor_scaled(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
+        """Adafactor's norm and apply phases with other factors in the place of those of 1 / sqrt(v).
 
-        Args:
-            factors: for each item those of its rows [rows] and of its columns [cols]; None: 1 for all. The same of the
-                two at every step of a plan.
+        They are ``plan.factors``: what the caller has written there, and 1 where it has written nothing.
         """
 
     def quantize(

@@ -7,7 +7,7 @@ comes from ``loader.sources``, the structs from ``loader.structs``.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -168,14 +168,7 @@ class CupyBackend:
         self._adafactor(plan, self._batch(plan, hypers, None), plan.scratch, structs.Phase.REDUCE)
         return factors
 
-    def adafactor_scaled(
-        self,
-        plan: StepPlan,
-        factors: Sequence[tuple[Tensor | None, Tensor | None]],
-        hypers: np.ndarray,
-        live: Live | None = None,
-    ) -> None:
-        marshal.put_factors(plan, factors)
+    def adafactor_scaled(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
         phases = structs.Phase.NORM | structs.Phase.APPLY
         self._adafactor(plan, self._batch(plan, hypers, live), plan.scratch, phases)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -60,17 +58,6 @@ def scratch_of(plan: StepPlan, live: Live | None) -> Tensor:
     return scratch
 
 
-def put_factors(plan: StepPlan, factors: Sequence[tuple[Tensor | None, Tensor | None]]) -> None:
-    """Copies given factors to where the norm and apply phases read them; one launch for all."""
-    pairs = [
-        (place, given)
-        for places, pair in zip(plan.factors, factors, strict=True)
-        for place, given in zip(places, pair, strict=True)
-        if given is not None
-    ]
-    torch._foreach_copy_([place for place, _ in pairs], [given for _, given in pairs])
-
-
 _NOTHING = np.empty(0, SCHEDULE)
 
 
@@ -85,12 +72,12 @@ def _starts_of(tables: list[np.ndarray]) -> tuple[list[int], int]:
 
 
 def _copy(memory: Tensor, host: Tensor, tables: list[np.ndarray], starts: list[int]) -> None:
-    """Copies the first tables, as many as are given, by way of pinned memory that is large enough."""
-    size = starts[len(tables) - 1] + tables[-1].nbytes
+    """Copies the first tables, as many as are given, by way of pinned memory of the same size."""
     view = host.numpy()
     for start, table in zip(starts, tables, strict=False):
-        view[start : start + table.nbytes] = table.view(np.uint8).reshape(-1)
-    memory[:size].copy_(host[:size], non_blocking=True)
+        if table.size:
+            view[start : start + table.nbytes] = table.view(np.uint8)
+    memory.copy_(host, non_blocking=True)
 
 
 def _pinned(size: int) -> Tensor:
@@ -109,6 +96,7 @@ class _DeviceTables:
         self._hypers = b""
         self._sizes: tuple[int, int] = (0, 0)
         self._starts: list[int] = []
+        self._addresses: list[int | None] = []
         self._memory: Tensor | None = None
 
     def updated(self, plan: StepPlan, hypers: np.ndarray, schedules: np.ndarray = _NOTHING) -> list[int | None]:
@@ -120,6 +108,7 @@ class _DeviceTables:
             self._starts, size = _starts_of(tables)
             # The old memory, if any, is freed for this stream's later use only.
             memory = self._memory = torch.empty(size, dtype=torch.uint8, device=plan.device)
+            self._addresses = _addresses(memory, self._starts, tables)
             changed = len(tables)
         elif self._edition != plan.edition:
             changed = 3
@@ -127,9 +116,9 @@ class _DeviceTables:
             changed = 2 if data != self._hypers else 0
         if changed:
             size = self._starts[changed - 1] + tables[changed - 1].nbytes
-            _copy(memory, _pinned(size), tables[:changed], self._starts)
+            _copy(memory[:size], _pinned(size), tables[:changed], self._starts)
             self._edition, self._hypers, self._sizes = plan.edition, data, (len(schedules), len(hypers))
-        return _addresses(memory, self._starts, tables)
+        return self._addresses
 
 
 def _addresses(memory: Tensor, starts: list[int], tables: list[np.ndarray]) -> list[int | None]:

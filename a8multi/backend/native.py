@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -72,10 +71,12 @@ class NativeBackend:
         return structs.Isa[chosen.upper()]
 
     def _call(self, entry: str, device: torch.device, *arguments: Any, scratch: Any = None) -> None:
-        where = structs.Exec(threads=torch.get_num_threads(), isa=self._isa())
+        where = structs.Exec(threads=torch.get_num_threads())
         if device.type == "cuda":
             where.device = device.index
-            where.stream = torch.cuda.current_stream(device).cuda_stream
+            where.stream = _stream(device)
+        else:
+            where.isa = self._isa()
         if scratch is not None:
             where.scratch, where.scratch_bytes = scratch.data_ptr(), scratch.numel() * 4
         self.library.call(entry, ctypes.byref(where), *arguments)
@@ -114,14 +115,7 @@ class NativeBackend:
         self._step("a8_adafactor", plan, hypers, None, int(structs.Phase.REDUCE), scratch=plan.scratch)
         return factors
 
-    def adafactor_scaled(
-        self,
-        plan: StepPlan,
-        factors: Sequence[tuple[Tensor | None, Tensor | None]],
-        hypers: np.ndarray,
-        live: Live | None = None,
-    ) -> None:
-        marshal.put_factors(plan, factors)
+    def adafactor_scaled(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
         phases = int(structs.Phase.NORM | structs.Phase.APPLY)
         self._step("a8_adafactor", plan, hypers, live, phases, scratch=plan.scratch)
 
@@ -141,6 +135,17 @@ class NativeBackend:
     def dequantize(self, codes: Tensor, blocks: Tensor, values: Tensor, fmt: StateFormat, block_size: int) -> None:
         codec = marshal.codec_of(values, codes, blocks, fmt, block_size)
         self._call("a8_dequantize", values.device, ctypes.byref(codec))
+
+
+# What torch.compile asks for the stream: an integer at once, where the public way makes an object first.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def _stream(device: torch.device) -> int:
+    """Address of torch's current stream of a device."""
+    if _raw_stream is not None and device.index is not None:
+        return int(_raw_stream(device.index))
+    return int(torch.cuda.current_stream(device).cuda_stream)
 
 
 def require_cuda() -> None:

@@ -10,7 +10,7 @@ live there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -47,17 +47,14 @@ class TorchBackend:
 
     @torch.no_grad()
     def sums(self, plan: StepPlan, hypers: np.ndarray) -> list[tuple[Tensor, Tensor]]:
-        return [torch_adafactor.sums(item, grad) for item, grad in zip(plan.items, plan.grads, strict=True)]
+        for item, grad, places in zip(plan.items, plan.grads, plan.factors, strict=True):
+            for place, sums in zip(places, torch_adafactor.sums(item, grad), strict=True):
+                place.copy_(sums)
+        return plan.factors
 
     @torch.no_grad()
-    def adafactor_scaled(
-        self,
-        plan: StepPlan,
-        factors: Sequence[tuple[Tensor | None, Tensor | None]],
-        hypers: np.ndarray,
-        live: Live | None = None,
-    ) -> None:
-        of_item = {id(item): pair for item, pair in zip(plan.items, factors, strict=True)}
+    def adafactor_scaled(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
+        of_item = {id(item): pair for item, pair in zip(plan.items, plan.factors, strict=True)}
 
         def update(item: Item, grad: Tensor, hyper: Hyper, skip: Tensor | None) -> None:
             torch_adafactor.update(item, grad, hyper, skip, of_item[id(item)])

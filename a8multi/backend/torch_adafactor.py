@@ -6,7 +6,7 @@ the result agrees with the libraries' in all but the last places. The sources of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -196,14 +196,12 @@ def sums(item: Item, grad: Tensor) -> Factors:
     return _sums(item, partial(_squares, grad))
 
 
-def update(
-    item: Item, grad: Tensor, hyper: Hyper, skip: Tensor | None, given: Sequence[Tensor | None] | None = None
-) -> None:
+def update(item: Item, grad: Tensor, hyper: Hyper, skip: Tensor | None, given: Factors | None = None) -> None:
     """One step of one parameter.
 
     Args:
         skip: bool 0-d: when true nothing is written; None: it is false.
-        given: what stands in the place of the row and column factors of 1 / sqrt(v), each None for 1.
+        given: what stands in the place of the row and column factors of 1 / sqrt(v).
 
     Raises:
         ValueError: there is no second moment, or a third one without row and column means.
@@ -216,9 +214,7 @@ def update(
         raise ValueError(f"{item.name}: CAME's confidence needs a factored second moment and is factored itself")
     second: Factors | None = None
     if given is not None:
-        sizes = zip(given, (item.rows, item.cols), strict=True)
-        rows, cols = (grad.new_ones(n, dtype=torch.float32) if x is None else x for x, n in sizes)
-        task.roots = rows, cols
+        task.roots = given
     elif item.moments.factored:
         second = _moved(task, _held(item, "second"), task.means(partial(_squares, grad)), _average)
         task.roots = _factors(*second, hyper.eps)

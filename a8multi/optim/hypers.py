@@ -18,8 +18,6 @@ from a8multi.plan.step_plan import HYPER
 
 from .roster import Group, Work
 
-_NAMES = HYPER.names or ()
-
 # Of a group and a parameter's type: fields of ``a8_hyper`` that are the same at every step, but for lr and seed.
 Constants = Callable[[Group, torch.dtype], dict[str, Any]]
 
@@ -36,43 +34,72 @@ def hypers_of(
 
     skip: the flag with which the device may skip the step, and then does not count it. lr: in the place of the groups'.
     """
-    numbers: dict[tuple[int, int | None, torch.dtype], int] = {}
+    # The function without the optimizer, which must not be kept alive by its own roster.
+    kind = getattr(constants, "__func__", constants)
+    outline = work.outlines.get(kind)
+    if outline is None:
+        outline = work.outlines[kind] = _Outline(work, constants, schedule_of)
     rows: list[tuple[Any, ...]] = []
-    schedules: list[Schedule] = []
     rates: list[Tensor | None] = []
-    of_row: list[int] = []
-    for group, step, dtype in work.row_keys:
-        taken = None if isinstance(step, Tensor) else step
-        key = (id(group), taken, dtype)
-        if key not in numbers:
-            numbers[key] = len(rows)
-            rate = rate_on_device(group["lr"], work.device) if lr is None else None
-            schedule = schedule_of(group)
-            seed = int(group["seed"])
-            record = constants(group, dtype)
-            record.update(seed_low=seed & 0xFFFFFFFF, seed_high=seed >> 32)
-            if rate is None:
-                record["lr"] = float(group["lr"]) if lr is None else lr
-            else:
-                record["lr_device"] = rate.data_ptr()
-            if taken is not None:
-                record.update(schedule.derived(taken + 1))
-            rows.append(tuple([record.get(name, 0) for name in _NAMES]))
-            schedules.append(schedule)
-            rates.append(rate)
-        of_row.append(numbers[key])
+    for at, fields, schedule in zip(outline.keys_at, outline.fields, outline.schedules, strict=True):
+        group, step, _ = work.row_keys[at]
+        record = fields.copy()
+        rate = rate_on_device(group["lr"], work.device) if lr is None else None
+        if rate is None:
+            record["lr"] = float(group["lr"]) if lr is None else lr
+        else:
+            record["lr_device"] = rate.data_ptr()
+        if not isinstance(step, Tensor):
+            record.update(schedule.derived(step + 1))
+        rows.append(tuple(record.values()))
+        rates.append(rate)
     table = np.array(rows, HYPER)
-    counters = [step if isinstance(step, Tensor) else None for _, step, _ in work.row_keys]
-    counts = any(counter is not None for counter in counters)
-    if not counts and all(rate is None for rate in rates):
+    if not outline.counts and all(rate is None for rate in rates):
         return table, None
+    of_row = outline.of_row
+    schedules = [outline.schedules[i] for i in of_row]
+    counters = [step if isinstance(step, Tensor) else None for _, step, _ in work.row_keys]
     records = np.empty(0, SCHEDULE)
-    if counts:
-        records = np.array([schedule.record() for schedule in schedules], SCHEDULE)[of_row]
+    if outline.counts:
+        records = np.array([schedule.record() for schedule in outline.schedules], SCHEDULE)[of_row]
         records["step"] = [0 if counter is None else counter.data_ptr() for counter in counters]
         records["skip"] = 0 if skip is None else skip.data_ptr()
-    live = Live(records, [schedules[i] for i in of_row], counters, [rates[i] for i in of_row], capturing, skip)
+    live = Live(records, schedules, counters, [rates[i] for i in of_row], capturing, skip)
     return table[of_row], live
+
+
+class _Outline:
+    """What of a work's table is the same at every step while no option changes.
+
+    Parameters whose steps are counted on the device have a row each, but for one group and type the same record.
+
+    Attributes:
+        fields: of each record ``a8_hyper`` by name; lr and what follows from the step are 0.
+        schedules: of each record.
+        keys_at: of each record the first row whose it is.
+        of_row: of each row its record.
+        counts: whether there are rows whose steps are counted on the device.
+    """
+
+    def __init__(self, work: Work, constants: Constants, schedule_of: Callable[[Group], Schedule]) -> None:
+        self.fields: list[dict[str, Any]] = []
+        self.schedules: list[Schedule] = []
+        self.keys_at: list[int] = []
+        self.of_row: list[int] = []
+        self.counts = False
+        numbers: dict[tuple[int, int | None, torch.dtype], int] = {}
+        for at, (group, step, dtype) in enumerate(work.row_keys):
+            taken = None if isinstance(step, Tensor) else step
+            self.counts |= taken is None
+            key = (id(group), taken, dtype)
+            if key not in numbers:
+                numbers[key] = len(self.fields)
+                seed = int(group["seed"])
+                seeds = {"seed_low": seed & 0xFFFFFFFF, "seed_high": seed >> 32}
+                self.fields.append({**dict.fromkeys(HYPER.names or (), 0), **constants(group, dtype), **seeds})
+                self.schedules.append(schedule_of(group))
+                self.keys_at.append(at)
+            self.of_row.append(numbers[key])
 
 
 def rate_on_device(lr: Any, device: torch.device) -> Tensor | None:

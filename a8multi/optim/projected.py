@@ -141,7 +141,8 @@ class ProjectedOptimizer(LowBitOptimizer):
             planned = work.projection.members if work.projection is not None else []
             if work.projection is not None:
                 work.projection.run(backend, work, low, scaled, live)
-            for index in set(work.projected) - set(planned):
+            apart = set(work.projected) - set(planned) if len(planned) < len(work.projected) else ()
+            for index in apart:
                 param = work.params[index]
                 copy = param.contiguous()
                 self._projection(work, [index], [copy]).run(backend, work, low, scaled, live)

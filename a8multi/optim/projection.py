@@ -4,9 +4,12 @@ Zhu et al. 2024, arXiv:2412.05270, Algorithm 1. Matrix products are the framewor
 phases that there are. For a matrix G of which the smaller dimension is projected to ``rank``:
 
 1. R = P G (or G P^T): a product a matrix;
-2. one element-wise step of Adam on R for all matrices, whose "parameter" starts at zero and so ends as Adam's update U;
-3. the reduce phase sums R^2 and U^2 over the rank, and s = |U| / |R| is each channel's scale;
-4. the norm and apply phases of Adafactor, with s in the place of the factors of 1 / sqrt(v).
+2. one element-wise step of Adam on R, whose "parameter" starts at zero and so ends as Adam's update U;
+3. the reduce phase sums R^2 and U^2 over the rank;
+4. s = |U| / |R| is each channel's scale, and the norm and apply phases of Adafactor take it in the place of the factors
+   of 1 / sqrt(v).
+
+The first three go through the matrices in waves, whose R and U share memory; the last is one call for all.
 """
 
 from __future__ import annotations
@@ -24,13 +27,18 @@ from a8multi.backend.base import Backend
 from a8multi.backend.torch_formats import noise_halves, noise_key
 from a8multi.loader.structs import RuleKind
 from a8multi.plan import Item, Live, Moments, MomentSpec, StepPlan
+from a8multi.plan.step_plan import HYPER
 
 from .roster import Work
 
 # Of the elements of all projected gradients, the share that is worked on at once, and the least number that is not
 # split: these and Adam's updates of them are what a step needs besides its state.
-_SHARE, _LEAST = 8, 1 << 22
-_FACTORED = MomentSpec(None)
+_SHARE, _LEAST = 8, 1 << 23
+_ALIGNMENT = 64
+_FACTORED = Moments(second=MomentSpec(None))
+_LIMITED = replace(_FACTORED, limiter=True)
+# For plans whose phases read none.
+_NO_HYPERS = np.zeros(1, HYPER)
 
 
 @dataclass(frozen=True)
@@ -60,17 +68,23 @@ class Projector:
         return self.rows >= self.cols
 
     @property
+    def wide(self) -> int:
+        """The dimension that is projected."""
+        return self.cols if self.per_row else self.rows
+
+    @property
+    def room(self) -> int:
+        """Elements of memory for the projected gradient: the next one begins where wide loads can, in any type."""
+        return -(-self.shape.numel() // _ALIGNMENT) * _ALIGNMENT
+
+    def side_of(self, factors: tuple[Tensor, Tensor]) -> Tensor:
+        """The channels' among what belongs to rows and columns."""
+        return factors[0 if self.per_row else 1]
+
+    @property
     def shape(self) -> torch.Size:
         """Of the projected gradient."""
         return torch.Size((self.rows, self.rank) if self.per_row else (self.rank, self.cols))
-
-    def project(self, grad: Tensor, step: int, drawn: Drawn, out: Tensor) -> None:
-        """R of a gradient in the step that follows ``step`` others, in the units of P (see ``_random_matrix``)."""
-        wide = self.cols if self.per_row else self.rows
-        dtype = grad.dtype if grad.dtype is torch.bfloat16 else torch.float32
-        matrix = drawn.matrix(step // self.gap, self.seed, self.rank, wide, dtype, grad.device)
-        grad = grad.reshape(self.rows, self.cols).to(matrix.dtype)
-        torch.mm(*((grad, matrix.t()) if self.per_row else (matrix, grad)), out=out.view(self.shape))
 
 
 class Drawn:
@@ -103,7 +117,7 @@ def _random_matrix(seed: int, epoch: int, rank: int, wide: int, dtype: torch.dty
 
 
 def _in_waves(sizes: Sequence[int]) -> list[list[int]]:
-    """Which matrices go together, by the sizes of their projected gradients."""
+    """Which matrices go together, by the room that their projected gradients need."""
     room = max(_LEAST, sum(sizes) // _SHARE)
     waves: list[list[int]] = []
     filled = room
@@ -118,6 +132,8 @@ def _in_waves(sizes: Sequence[int]) -> list[list[int]]:
 
 class Projection:
     """The projected parameters of one device.
+
+    All that is the same at every step is made here once: plans, views of the memory that they work on, addresses.
 
     Args:
         device: of them.
@@ -137,15 +153,19 @@ class Projection:
     ) -> None:
         self._drawn = drawn
         self.members = list(members)
-        sizes = [projector.shape.numel() for projector in projectors]
-        self._waves: list[tuple[list[int], _Wave]] = []
+        sizes = [projector.room for projector in projectors]
         waves = _in_waves(sizes)
         room = max(sum(sizes[i] for i in wave) for wave in waves)
         low = {dtype: torch.empty(room, dtype=dtype, device=device) for dtype in {_low_dtype(item) for item in items}}
         updates = torch.empty(room, device=device)
+        self._waves: list[tuple[list[int], _Wave]] = []
         for wave in waves:
             parts = [items[i] for i in wave], [projectors[i] for i in wave]
-            self._waves.append(([self.members[i] for i in wave], _Wave(device, *parts, low, updates)))
+            self._waves.append((wave, _Wave(device, *parts, low, updates)))
+        none = torch.zeros(1, device=device)
+        limited = [_matrix(item, none, p.rows, p.cols) for item, p in zip(items, projectors, strict=True)]
+        self._main = StepPlan(device, [replace(item, moments=_LIMITED) for item in limited])
+        self._places = [p.side_of(factors) for p, factors in zip(projectors, self._main.factors, strict=True)]
 
     def run(self, backend: Backend, work: Work, low: np.ndarray, scaled: np.ndarray, live: Live | None) -> None:
         """One step of all.
@@ -154,10 +174,29 @@ class Projection:
             low: hyper-parameters of Adam on the projected gradients; scaled: of the parameters, and ``live`` what of
                 them lives on the device; both in the rows of ``work``.
         """
-        for members, wave in self._waves:
-            steps = [work.row_keys[work.rows[i]][1] for i in members]
-            grads = [work.grads[i].contiguous() for i in members]
-            wave.run(backend, grads, steps, self._drawn, low, scaled, live)
+        taken: list[Any] = [step for _, step, _ in work.row_keys]  # integers for all that are projected
+        steps = [taken[work.rows[i]] for i in self.members]
+        grads = [work.grads[i].contiguous() for i in self.members]
+        for wave, plans in self._waves:
+            plans.run(backend, [grads[i] for i in wave], [steps[i] for i in wave], self._drawn, low)
+        self._put_scales()
+        self._main.grads = grads
+        try:
+            backend.adafactor_scaled(self._main, scaled, live)
+        finally:
+            self._main.grads = []
+
+    def _put_scales(self) -> None:
+        """From the sums of all waves to where the main plan has what each row and column scales the gradient by."""
+        below = [plans.below for _, plans in self._waves]
+        scales = [plans.above for _, plans in self._waves]
+        # A channel without a gradient has an update of zero besides: 0 / tiny.
+        torch._foreach_clamp_min_(below, torch.finfo(torch.float32).tiny)
+        torch._foreach_div_(scales, below)
+        torch._foreach_sqrt_(scales)
+        gained = [each for _, plans in self._waves for each in plans.gained]
+        torch._foreach_mul_([scale for scale, _ in gained], [gain for _, gain in gained])
+        torch._foreach_copy_(self._places, [scale for _, plans in self._waves for scale in plans.scales])
 
 
 def _low_dtype(item: Item) -> torch.dtype:
@@ -165,11 +204,23 @@ def _low_dtype(item: Item) -> torch.dtype:
     return torch.bfloat16 if item.grad_dtype is torch.bfloat16 else torch.float32
 
 
+def _matrix(item: Item, none: Tensor, rows: int, cols: int) -> Item:
+    """The item as a matrix without moments of its own. none: where a plan wants means that its phases do not touch."""
+    means = replace(item, moments=_FACTORED, rows=rows, cols=cols, second=none, second_block=none)
+    return replace(means, first=None, first_block=None)
+
+
 class _Wave:
-    """Some matrices that go through the four parts together.
+    """Some matrices that go through projection, Adam and sums together.
 
     Args:
         low, updates: memory for their projected gradients, by type, and Adam's updates of them.
+
+    Attributes:
+        below, above: what a run leaves: sums over the rank of R^2 and of U^2, of the same place in both, between others
+            that mean nothing.
+        scales: the parts of ``above`` that belong to each matrix's channels.
+        gained: parts of ``above``, together all that is in ``scales``, and the gain of each: one where that is enough.
     """
 
     def __init__(
@@ -180,86 +231,81 @@ class _Wave:
         low: dict[torch.dtype, Tensor],
         updates: Tensor,
     ) -> None:
-        self.projectors = list(projectors)
-        self.low: list[Tensor] = []
-        self.updates: list[Tensor] = []
+        self._low: list[Tensor] = []
+        inner: list[Item] = []  # an item's update as the parameter
         at = 0
         for item, projector in zip(items, projectors, strict=True):
-            size = projector.shape.numel()
-            self.low.append(low[_low_dtype(item)][at : at + size].view(projector.shape))
-            self.updates.append(updates[at : at + size].view(projector.shape))
-            at += size
-        self._memory = updates[:at]
-        # Where a plan wants means that its phases do not touch.
-        none = torch.zeros(1, device=device)
+            part = slice(at, at + projector.shape.numel())
+            dtype = _low_dtype(item)
+            self._low.append(low[dtype][part].view(projector.shape))
+            inner.append(replace(item, param=updates[part].view(projector.shape), grad_dtype=dtype, limiter=None))
+            at += projector.room
+        self._updates = updates[:at]
 
-        def matrix(item: Item, rows: int, cols: int, *, limiter: bool) -> Item:
-            moments = Moments(second=_FACTORED, limiter=limiter)
-            means = replace(item, moments=moments, rows=rows, cols=cols, second=none, second_block=none)
-            return replace(means, first=None, first_block=None)
+        # Matrices by what their products have in common: the random one, on which side, and for how long.
+        self._products: dict[tuple[Any, ...], list[int]] = {}
+        for i, (item, p) in enumerate(zip(items, projectors, strict=True)):
+            size = p.seed, p.rank, p.wide, _low_dtype(item), device
+            self._products.setdefault((p.per_row, p.gap, size), []).append(i)
+        self._shapes = [(p.rows, p.cols) for p in projectors]
 
-        self.adam: dict[str, tuple[StepPlan, list[int]]] = {}
-        inner = [
-            replace(item, param=update, grad_dtype=_low_dtype(item), limiter=None)
-            for item, update in zip(items, self.updates, strict=True)
-        ]
+        self._adam: list[tuple[str, StepPlan]] = []
         for kind in ("adam", "rmsprop", "adafactor"):
             members = [i for i, item in enumerate(items) if _kind(item.moments) == kind]
             if members:
                 rule = RuleKind.RMSPROP if kind == "rmsprop" else RuleKind.ADAM
-                shapes = [projectors[i].shape for i in members]
-                matrices = [replace(inner[i], rows=s[0], cols=s[1]) for i, s in zip(members, shapes, strict=True)]
-                plan = StepPlan(device, matrices if kind == "adafactor" else [inner[i] for i in members], rule=rule)
-                self.adam[kind] = plan, members
-        matrices = [matrix(item, *p.shape, limiter=False) for item, p in zip(inner, projectors, strict=True)]
-        self.sums_of_low = StepPlan(device, matrices)
-        self.sums_of_updates = StepPlan(device, [replace(item, grad_dtype=torch.float32) for item in matrices])
-        limited = [matrix(item, p.rows, p.cols, limiter=True) for item, p in zip(items, projectors, strict=True)]
-        self.main = StepPlan(device, limited)
+                chosen = [inner[i] for i in members]
+                if kind == "adafactor":
+                    chosen = [replace(item, rows=item.param.shape[0], cols=item.param.shape[1]) for item in chosen]
+                plan = StepPlan(device, chosen, rule=rule)
+                plan.grads = [self._low[i] for i in members]
+                self._adam.append(("adafactor" if kind == "adafactor" else "elementwise", plan))
+
+        # First of all R, then of all U, so that both halves of the scratch are laid out alike.
+        none = torch.zeros(1, device=device)
+        of_low = [_matrix(replace(item, hyper=0), none, *item.param.shape) for item in inner]
+        self._sums = StepPlan(device, of_low + [replace(item, grad_dtype=torch.float32) for item in of_low])
+        self._sums.grads = self._low + [item.param for item in inner]
+        self._sums.scratch.zero_()  # not all of a half is written, and all is read
+        factors = self._sums.factors
+        half = int(self._sums.tensors["row_at"][len(items)])
+        self.above = self._sums.scratch[half:]
+        self.below = self._sums.scratch[: len(self.above)]
+        self.scales = [p.side_of(pair) for p, pair in zip(projectors, factors[len(items) :], strict=True)]
+        # R is in the units of P, which is 2 sqrt(rank) times the paper's.
+        gains = [p.gain * 2.0 * math.sqrt(p.rank) for p in projectors]
+        alike = len(set(gains)) == 1
+        self.gained = [(self.above, gains[0])] if alike else list(zip(self.scales, gains, strict=True))
+        self._whole = [p.side_of(pair) for p, pair in zip([*projectors] * 2, factors, strict=True) if p.whole]
 
     def run(
-        self,
-        backend: Backend,
-        grads: list[Tensor],
-        steps: Sequence[int | Tensor],
-        drawn: Drawn,
-        low_hypers: np.ndarray,
-        hypers: np.ndarray,
-        live: Live | None,
+        self, backend: Backend, grads: list[Tensor], steps: list[int], drawn: Drawn, low_hypers: np.ndarray
     ) -> None:
-        """One step of all, whose gradients and steps taken before these are."""
-        for projector, grad, step, out in zip(self.projectors, grads, steps, self.low, strict=True):
-            projector.project(grad, int(step), drawn, out)
-        self._memory.zero_()
-        for kind, (plan, members) in self.adam.items():
-            plan.grads = [self.low[i] for i in members]
-            run = backend.adafactor if kind == "adafactor" else backend.elementwise
-            run(plan, low_hypers)
-        self.sums_of_low.grads, self.sums_of_updates.grads = self.low, self.updates
-        of_low, of_updates = backend.sums(self.sums_of_low, low_hypers), backend.sums(self.sums_of_updates, low_hypers)
-        self.main.grads = grads
-        try:
-            backend.adafactor_scaled(self.main, self._factors(of_low, of_updates), hypers, live)
-        finally:
-            self.main.grads = []
+        """To the sums, with the gradients of the matrices and the steps taken before this one."""
+        self._project(grads, steps, drawn)
+        self._updates.zero_()
+        for method, plan in self._adam:
+            getattr(backend, method)(plan, low_hypers)
+        backend.sums(self._sums, _NO_HYPERS)
+        for sums in self._whole:
+            sums.copy_(sums.sum())
 
-    def _factors(
-        self, of_low: list[tuple[Tensor, Tensor]], of_updates: list[tuple[Tensor, Tensor]]
-    ) -> list[tuple[Tensor | None, Tensor | None]]:
-        """What each row and column scales the gradient by, from both kinds of sums; None: 1."""
-        which = [0 if projector.per_row else 1 for projector in self.projectors]
-        below = [sums[side] for sums, side in zip(of_low, which, strict=True)]
-        above = [sums[side] for sums, side in zip(of_updates, which, strict=True)]
-        for i, projector in enumerate(self.projectors):
-            if projector.whole:
-                below[i], above[i] = below[i].sum().expand_as(below[i]), above[i].sum().expand_as(above[i])
-        # A channel without a gradient has an update of zero besides: 0 / tiny.
-        below = list(torch._foreach_clamp_min(below, torch.finfo(torch.float32).tiny))
-        scales = list(torch._foreach_div(above, below))
-        torch._foreach_sqrt_(scales)
-        # R is in the units of P, which is 2 sqrt(rank) times the paper's.
-        torch._foreach_mul_(scales, [p.gain * 2.0 * math.sqrt(p.rank) for p in self.projectors])
-        return [(scale, None) if side == 0 else (None, scale) for scale, side in zip(scales, which, strict=True)]
+    def _project(self, grads: list[Tensor], steps: list[int], drawn: Drawn) -> None:
+        """R of every gradient, in the units of P (see ``_random_matrix``)."""
+        for (per_row, gap, size), members in self._products.items():
+            epoch = -1
+            for i in members:
+                if steps[i] // gap != epoch:
+                    epoch = steps[i] // gap
+                    matrix = drawn.matrix(epoch, *size)
+                    matrix = matrix.t() if per_row else matrix
+                grad = grads[i] if grads[i].ndim == 2 else grads[i].view(self._shapes[i])
+                if grad.dtype is not matrix.dtype:
+                    grad = grad.to(matrix.dtype)
+                if per_row:
+                    torch.mm(grad, matrix, out=self._low[i])
+                else:
+                    torch.mm(matrix, grad, out=self._low[i])
 
 
 def _kind(moments: Moments) -> str:

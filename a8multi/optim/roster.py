@@ -8,9 +8,9 @@ error messages. Nothing here judges whether a value is valid.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, chain
+from itertools import chain
 from operator import is_, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Work:
         rows: for each parameter its row in the table of hyper-parameters.
         row_keys: for each row its group, the steps that its parameters have taken and their type. Parameters whose
             steps are counted on the device have a row each, and their counter in the place of a number.
+        outlines: what hypers.py keeps of the table of hyper-parameters while no option changes.
         plan: of all but those two; set when everything has been checked.
         projection, drawn: the plans of the projected ones, and their random matrices; None: there are none.
     """
@@ -51,6 +52,7 @@ class Work:
         self.projected: list[int] = []
         self.rows: list[int] = []
         self.row_keys: list[tuple[Group, int | Tensor, torch.dtype]] = []
+        self.outlines: dict[Any, Any] = {}
 
     def add(
         self, param: Tensor, grad: Tensor, group: Group, number: int, state: State, projected: bool = False
@@ -98,15 +100,14 @@ class Work:
         return params_seen.fits(self.params) and grads_seen.fits(grads)
 
     def next_steps(self) -> list[int | Tensor]:
-        """Add one to the steps of every row. Returns those of each parameter, the same object throughout a row.
+        """Add one to the steps of every row, and return them.
 
         Counters on the device stay: the step itself has moved them on.
         """
         self.row_keys = [
             (group, step if isinstance(step, Tensor) else step + 1, dtype) for group, step, dtype in self.row_keys
         ]
-        steps = [step for _, step, _ in self.row_keys]
-        return [steps[row] for row in self.rows] if len(steps) > 1 else steps * len(self.rows)
+        return [step for _, step, _ in self.row_keys]
 
 
 class Roster:
@@ -128,6 +129,7 @@ class Roster:
         self._options_of, self._formats_of = _values_of(options), _values_of(formats)
         self._options = [self._options_of(group) for group in self._groups]
         self._formats = [self._formats_of(group) for group in self._groups]
+        self._fixed = [_constant(self._options[i] + self._formats[i]) for i in range(len(self._groups))]
 
     def work(self, device: torch.device) -> Work:
         if device not in self.works:
@@ -139,14 +141,23 @@ class Roster:
         for work in self.works.values():
             work.remember_metadata()
         self._owners, self._states = list(self._state), list(self._state.values())
-        self._held = _flat(map(dict.values, self._states))
-        self._single = [i for i, x in enumerate(self._held) if isinstance(x, Tensor) and x.numel() < 2]
-        # Where in _held the step of each work's states is.
-        at = dict(zip(map(id, self._states), _starts(map(len, self._states)), strict=True))
-        self._steps_at = {
-            device: [at[id(state)] + list(state).index("step") for state in work.states]
-            for device, work in self.works.items()
-        }
+        self._alone, self._owners_alone = _scalars(self._params), _scalars(self._owners)
+        self._runs: list[_Run] = []
+        ordered: list[State] = []
+        at = 0
+        for work in self.works.values():
+            for members in _alike(work.states):
+                states = [work.states[i] for i in members]
+                width, step_at = len(states[0]), list(states[0]).index("step")
+                end = at + width * len(states)
+                self._runs.append(_Run(work, states, [work.rows[i] for i in members], slice(at + step_at, end, width)))
+                ordered += states
+                at = end
+        stepped = set(map(id, ordered))
+        ordered += [state for state in self._states if id(state) not in stepped]
+        self._values = [state.values() for state in ordered]
+        self._held = _flat(self._values)
+        self._held_alone = _scalars(self._held)
 
     def holds(self, optimizer: torch.optim.Optimizer, check: Callable[[Group], None]) -> bool:
         """Whether this is still all there is to know; then every work has its gradients.
@@ -158,7 +169,7 @@ class Roster:
         return (
             optimizer.state is self._state
             and _same(groups, self._groups)
-            and _same(_flat([group["params"] for group in groups]), self._params)
+            and _identical(_flat([group["params"] for group in groups]), self._params, self._alone)
             and [len(group["params"]) for group in groups] == self._sizes
             and self._options_hold(check)
             and all(param.grad is None or not param.numel() for param in self.idle)
@@ -168,40 +179,49 @@ class Roster:
 
     def _options_hold(self, check: Callable[[Group], None]) -> bool:
         for i, group in enumerate(self._groups):
-            options = self._options_of(group)
-            if not _constant(options) or not _same(options, self._options[i]):
-                check(group)
-                self._options[i] = options
-            formats = self._formats_of(group)
-            if not _same(formats, self._formats[i]):
-                check(group)
+            options, formats = self._options_of(group), self._formats_of(group)
+            same = _same(formats, self._formats[i])
+            if same and self._fixed[i] and _same(options, self._options[i]):
+                continue
+            check(group)
+            if not same:
                 return False
+            self._options[i], self._fixed[i] = options, _constant(options + formats)
+            for work in self.works.values():
+                work.outlines.clear()
         return True
 
     def _states_hold(self) -> bool:
         """Whether every parameter's state is the very dictionary, with the very tensors and step, that was left."""
         state = self._state
-        states = list(state.values())
-        if not (_same(states, self._states) and all(map(is_, state, self._owners))):
-            return False
-        found, held = _flat(map(dict.values, states)), self._held
-        # == takes identical objects for equal without a look, much faster than _same. Other tensors it compares by
-        # value, which is an error unless both have one element.
-        try:
-            return found == held and all(found[i] is held[i] for i in self._single)
-        except (RuntimeError, TypeError):
-            return False
+        return (
+            _same(list(state.values()), self._states)
+            and _identical(list(state), self._owners, self._owners_alone)
+            and _identical(_flat(self._values), self._held, self._held_alone)
+        )
 
     def count_steps(self) -> None:
         """All works have taken a step."""
-        held = self._held
-        for device, work in self.works.items():
-            for state, at, step in zip(work.states, self._steps_at[device], work.next_steps(), strict=True):
-                state["step"] = held[at] = step
+        taken = {device: work.next_steps() for device, work in self.works.items()}
+        for run in self._runs:
+            steps = taken[run.work.device]
+            new = [steps[row] for row in run.rows] if len(steps) > 1 else steps * len(run.rows)
+            self._held[run.at] = new
+            for state, step in zip(run.states, new, strict=True):
+                state["step"] = step
 
     def drop_grads(self) -> None:
         for work in self.works.values():
             work.grads = []
+
+
+class _Run(NamedTuple):
+    """States of one work with as many entries, and the step at the same place. at: where their steps are in _held."""
+
+    work: Work
+    states: list[State]
+    rows: list[int]
+    at: slice
 
 
 class _Metadata:
@@ -250,11 +270,18 @@ def _values_of(names: Sequence[str]) -> Callable[[Group], tuple[Any, ...]]:
 
 def _constant(values: tuple[Any, ...]) -> bool:
     """Whether the same objects are the same values: none can be written in place."""
-    return not any(isinstance(value, (list, Tensor)) for value in values)
+    return all(
+        _constant(value) if isinstance(value, tuple) else value is None or isinstance(value, (str, int, float))
+        for value in values
+    )
 
 
-def _starts(lengths: Iterable[int]) -> list[int]:
-    return [0, *accumulate(lengths)][:-1]
+def _alike(states: Sequence[State]) -> Iterable[list[int]]:
+    """Indices of the states, those with as many entries and the step at the same place together."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for i, state in enumerate(states):
+        found.setdefault((len(state), list(state).index("step")), []).append(i)
+    return found.values()
 
 
 def _flat(lists: Iterable[Iterable[Any]]) -> list[Any]:
@@ -264,3 +291,21 @@ def _flat(lists: Iterable[Iterable[Any]]) -> list[Any]:
 def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether both hold the very same objects in the same order."""
     return len(a) == len(b) and all(map(is_, a, b))
+
+
+def _scalars(values: Sequence[Any]) -> list[int]:
+    """Where the tensors are that ``==`` compares by value: those of one element, or none."""
+    return [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.numel() < 2]
+
+
+def _identical(found: list[Any], held: list[Any], alone: Sequence[int]) -> bool:
+    """``_same``, much faster, of lists that hold tensors and numbers; equal numbers are the same.
+
+    alone: ``_scalars`` of those held.
+    """
+    # == takes identical objects for equal without a look. Other tensors it compares by value, which is an error unless
+    # both have one element.
+    try:
+        return found == held and _same([found[i] for i in alone], [held[i] for i in alone])
+    except (RuntimeError, TypeError):
+        return False

@@ -8,6 +8,7 @@ far as the host can know; the kernels look at a sample of the elements besides (
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from a8multi.loader.structs import TensorFlag
 
 _KNOWN = int(TensorFlag.SQUARES_KNOWN)
+_VERSION = attrgetter("_version")
 
 
 class CarriedSquares:
@@ -27,8 +29,8 @@ class CarriedSquares:
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._params = params
         # After a step: version and address of each parameter, and the flags that they would earn.
-        self._left: tuple[list[int], list[int], np.ndarray] | None = None
-        self._seen: tuple[list[int], list[int]] | None = None
+        self._left: tuple[np.ndarray, list[int], np.ndarray] | None = None
+        self._seen: tuple[np.ndarray, list[int]] | None = None
 
     def flags(self, addresses: list[int]) -> np.ndarray | int:
         """``a8_tensor.flags`` of every parameter, for a step that is about to run on the scratch.
@@ -36,16 +38,15 @@ class CarriedSquares:
         Args:
             addresses: of the parameters now.
         """
-        versions = [param._version for param in self._params]
+        versions = np.fromiter(map(_VERSION, self._params), np.int64, len(self._params))
         self._seen = versions, addresses
         if self._left is None:
             return 0
         old_versions, old_addresses, flags = self._left
         self._left = None  # a step that fails leaves nothing
-        if versions == old_versions and addresses == old_addresses:
-            return flags
-        same = np.array(versions, np.int64) == np.array(old_versions, np.int64)
-        same &= np.array(addresses, np.uint64) == np.array(old_addresses, np.uint64)
+        same = versions == old_versions
+        if addresses != old_addresses:
+            same &= np.array(addresses, np.uint64) == np.array(old_addresses, np.uint64)
         return np.where(same, flags, 0)
 
     def leave(self, scaled: np.ndarray) -> None:
@@ -57,5 +58,5 @@ class CarriedSquares:
         # Not seen: the backend did not use the scratch.
         if self._seen is not None:
             versions, addresses = self._seen
-            self._left = [version + 1 for version in versions], addresses, np.where(scaled, _KNOWN, 0)
+            self._left = versions + 1, addresses, np.where(scaled, _KNOWN, 0)
         self._seen = None

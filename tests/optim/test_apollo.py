@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import BackendCase
-from optim.helpers import differences, gradients, parameters, run, snapshot
+from optim.helpers import apply, differences, gradients, parameters, run, snapshot
 from oracle import adafactor, adam, apollo
 from torch import Tensor
 
 import a8multi
+from a8multi.optim import projection
 from a8multi.optim.projection import _random_matrix
 
 SHAPES = ((65, 300), (512, 256), (300, 64), (64, 3, 3, 3), (129,))
@@ -145,6 +146,36 @@ def test_another_backend_goes_on(make: Callable[..., Any]) -> None:
         moved = (p.detach() - old).norm()
         assert moved > 0
         assert (p.detach() - q.detach()).norm() <= 1e-3 * moved, i
+
+
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+def test_waves_change_no_bit(scale_type: str, backend: BackendCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks differ, so a wave of several matrices has gains of its own for each, and one of a single matrix has not."""
+    steps = []
+    for least, count in ((1 << 23, 1), (1, 4)):
+        monkeypatch.setattr(projection, "_LEAST", least)
+        params = parameters([*SHAPES, (20, 30)], device=backend.device)
+        optimizer = a8multi.APOLLO8bit(params, rank=32, update_proj_gap=GAP, scale_type=scale_type, min_8bit_size=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run(optimizer, params, range(5))
+        (work,) = optimizer._roster.works.values()
+        assert len(work.projection._waves) == count
+        steps.append(snapshot(optimizer, params))
+    assert not differences(*steps)
+
+
+def test_parameters_that_are_steps_apart_have_their_own_random_matrix() -> None:
+    """One that began later is in an earlier interval, though of the same size and in the same wave."""
+    together, alone = parameters([(64, 128), (64, 128)]), parameters([(64, 128), (64, 128)])
+    optimizer = a8multi.APOLLO8bit(together, rank=8, update_proj_gap=GAP, seed=3)
+    for step in range(6):
+        grads: list[Tensor | None] = [*gradients(together, step)]
+        apply(optimizer, together, [grads[0], None if step < 2 else grads[1]])
+    late = a8multi.APOLLO8bit(alone, rank=8, update_proj_gap=GAP, seed=3)
+    for step in range(2, 6):
+        apply(late, alone, [None, gradients(alone, step)[1]])
+    assert not differences(snapshot(optimizer, together)[1:], snapshot(late, alone)[1:])
 
 
 def test_only_the_last_random_matrix_of_a_size_is_kept() -> None:

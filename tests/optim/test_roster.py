@@ -96,6 +96,23 @@ def _all_states_replaced(optimizer: Any, params: Any, grads: Any) -> None:
     optimizer.state = kind(dict, {p: dict(s) for p, s in optimizer.state.items()})
 
 
+def _a_state_replaced_by_its_copy(optimizer: Any, params: Any, grads: Any) -> None:
+    """The same tensors in another dictionary, where the step is counted from now on."""
+    optimizer.state[params[0]] = dict(optimizer.state[params[0]])
+
+
+def _a_state_of_another_owner(optimizer: Any, params: Any, grads: Any) -> None:
+    """The same states in the same order, but this parameter has none."""
+    owned = list(optimizer.state.items())
+    optimizer.state.clear()
+    optimizer.state.update({torch.nn.Parameter(p.detach()) if p is params[1] else p: state for p, state in owned})
+
+
+def _a_parameter_replaced_by_an_equal_one(optimizer: Any, params: Any, grads: Any) -> None:
+    """Of one element, which a comparison of whole lists cannot tell from the old."""
+    optimizer.param_groups[1]["params"][0] = torch.nn.Parameter(params[2].detach().clone())
+
+
 def _state_looked_at(optimizer: Any, params: Any, grads: Any) -> None:
     """optimizer.state makes an empty entry for a parameter that it does not know."""
     assert optimizer.state[params[3]] == {}
@@ -256,6 +273,40 @@ def test_errors_after_many_good_steps(make: Any) -> None:
             group.update(good)
     run(optimizer, params, range(3, 5))
     assert {state["step"] for state in optimizer.state.values()} == {5}
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_decay_written_in_place_is_used(as_list: bool) -> None:
+    """In a list, or as a tensor in a tuple: the very same objects then have other values."""
+    sets = [parameters(SHAPES) for _ in range(2)]
+    beta = torch.tensor(0.75)
+    betas = [[0.75, 0.99], [0.75, 0.99]] if as_list else [(beta, 0.99), (beta, 0.99)]
+    optimizers = [a8multi.AdamW8bit(p, betas=b) for p, b in zip(sets, betas, strict=True)]
+    for step in range(4):
+        if step == 2:
+            beta.fill_(0.5)
+            for each in betas if as_list else ():
+                each[0] = 0.5
+        optimizers[1]._roster = None
+        for optimizer, params in zip(optimizers, sets, strict=True):
+            run(optimizer, params, range(step, step + 1))
+        assert not differences(snapshot(optimizers[0], sets[0]), snapshot(optimizers[1], sets[1])), f"step {step}"
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
+def test_an_optimizer_is_freed_at_once(make: Any) -> None:
+    """What it remembers of a step does not hold it: its state is half of a model, and would wait for the collector."""
+    params = parameters(SHAPES)
+    optimizer = make(params)
+    run(optimizer, params, range(2))
+    held = weakref.ref(optimizer)
+    gc.collect()
+    gc.disable()
+    try:
+        del optimizer
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("make", "name"), [(KINDS["adamw"], "betas"), (KINDS["factored"], "eps")])
