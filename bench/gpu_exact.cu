@@ -11,7 +11,8 @@ __device__ bool same(int operation, unsigned long long i) {
   switch (operation) {
     case kSqrt: {
       float x = a8_float((uint32_t)i + (27u << 23));  // 2^-100 upwards
-      return a8_bits(a8_exact_sqrt(x)) == a8_bits(a8_sqrt(x));
+      return a8_bits(a8_exact_sqrt<true>(x)) == a8_bits(a8_sqrt(x)) &&
+             (x == 0.0f || a8_bits(a8_exact_sqrt<false>(x)) == a8_bits(a8_sqrt(x)));
     }
     case kReciprocalRoot: {
       float x = a8_float((uint32_t)i + (27u << 23));

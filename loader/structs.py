@@ -104,6 +104,12 @@ class TensorFlag(IntFlag):
     SQUARES_KNOWN = 1
 
 
+class BatchHint(IntFlag):
+    """``a8_batch_hint``: bits of ``Batch.hints``."""
+
+    OTHER_FORMATS = 1
+
+
 class ScheduleRule(IntFlag):
     """``a8_schedule_rule``: bits of ``Schedule.rules``."""
 
@@ -265,7 +271,7 @@ class Batch(Structure):
         ("tile_count", c_uint32),
         ("hyper_count", c_uint32),
         ("rule", c_uint32),
-        ("reserved", c_uint32),
+        ("hints", c_uint32),
     ]
 
 
@@ -333,6 +339,7 @@ ENUMS: dict[str, type[IntEnum] | type[IntFlag]] = {
     "tensor_flag": TensorFlag,
     "schedule_rule": ScheduleRule,
     "phase": Phase,
+    "batch_hint": BatchHint,
 }
 
 

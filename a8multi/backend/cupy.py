@@ -31,9 +31,10 @@ _OPTIONS = ("--std=c++17", "-fmad=false", "-ftz=true", "-prec-div=true", "-prec-
 _MAX_GRID = 8192  # of the kernels that take any grid
 # Kernels by the file that holds them. A file is compiled when one of its kernels is first wanted.
 _KERNELS = {
-    "adam": ("adam",),
-    "momentum": ("lion", "sgd", "lars"),
-    "element": ("measure", "element"),
+    "adam": ("adam", "adam_lanes"),
+    "momentum": ("lion", "lion_lanes", "sgd", "sgd_lanes", "lars", "lars_lanes"),
+    "element": ("rmsprop", "adagrad", "ademamix", "lamb"),
+    "measure": ("measure",),
     "adafactor": tuple(
         f"adafactor_{part}"
         for part in (
@@ -138,20 +139,17 @@ class CupyBackend:
 
     def elementwise(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
         batch = self._batch(plan, hypers, live)
-        kind, norms = structs.RuleKind, has_norm(plan.rule)
-        scratch = np.uint64(marshal.scratch_of(plan, live).data_ptr() if norms else 0)
+        name, chunks = plan.rule.name.lower(), batch.chunk_count
+        # `group`: how many chunks a block of threads takes at a time; any gives the same bits.
+        arguments: tuple[ctypes.Structure | np.generic, ...] = (batch, np.uint32(1))
         with self._on(plan.device):
-            if norms:
-                self._run("measure", batch.chunk_count, batch, scratch)
+            if has_norm(plan.rule):
+                scratch = np.uint64(marshal.scratch_of(plan, live).data_ptr())
+                self._run("measure", -(-chunks * 32 // self._threads), batch, scratch)
                 self._run("totals", batch.tensor_count, batch, scratch, np.uint32(0))
-            # `group`: how many chunks a block of threads takes at a time; any gives the same bits.
-            group = np.uint32(1)
-            if plan.rule in (kind.ADAM, kind.LION, kind.SGD):
-                self._run(plan.rule.name.lower(), batch.chunk_count, batch, group)
-            elif plan.rule == kind.LARS:
-                self._run("lars", batch.chunk_count, batch, scratch, group)
-            else:
-                self._run("element", batch.chunk_count, batch, scratch)
+                arguments = (batch, scratch, np.uint32(1))
+            other = f"{name}_lanes"
+            self._run(other if batch.hints and other in _FILES else name, chunks, *arguments)
 
     def screen(
         self, plan: StepPlan, scale: Tensor | None, found: Tensor, hypers: np.ndarray, live: Live | None = None

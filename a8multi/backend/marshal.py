@@ -43,6 +43,7 @@ def batch_of(plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> tu
         tile_count=len(plan.tiles),
         hyper_count=len(hypers),
         rule=int(plan.rule),
+        hints=int(plan.hints),
         skip=plan.skip.data_ptr() if plan.skip is not None else None,
     )
     first, batch.hypers, batch.tensors, batch.chunks, batch.tiles = at

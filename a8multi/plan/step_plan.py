@@ -120,6 +120,13 @@ class StepPlan:
             found |= phase.LIMIT
         return found
 
+    @cached_property
+    def hints(self) -> structs.BatchHint:
+        """What a backend may choose its kernels by."""
+        usual = sum(item.param.numel() for item in self.items if _is_usual(item))
+        few = 2 * usual < sum(item.param.numel() for item in self.items)
+        return structs.BatchHint.OTHER_FORMATS if few else structs.BatchHint(0)
+
     @property
     def scratch_floats(self) -> int:
         last = self.tensors[-1]
@@ -160,6 +167,15 @@ class StepPlan:
                 table["flags"] = flags
                 self.edition += 1
         return table
+
+
+def _is_usual(item: Item) -> bool:
+    """Whether types and formats are those of most steps: such items have kernels of their own."""
+    types = item.param.dtype, item.grad_dtype
+    block = geometry()["A8_USUAL_BLOCK"]
+    stored = (item.moments.first, structs.Format.INT8), (item.moments.second, structs.Format.LOG8)
+    formats = all(spec is None or (spec.code == fmt and spec.block_size == block) for spec, fmt in stored)
+    return formats and (types[0] == types[1] or types == (torch.bfloat16, torch.float32))
 
 
 def _fill_moment(

@@ -8,6 +8,7 @@
 #include "kernels/adam.cuh"
 #include "kernels/codec.cuh"
 #include "kernels/element.cuh"
+#include "kernels/measure.cuh"
 #include "kernels/momentum.cuh"
 #include "kernels/schedule.cuh"
 #include "kernels/screen.cuh"
@@ -145,26 +146,48 @@ int32_t check_adafactor(const a8_exec* exec, const a8_batch* batch, uint32_t pha
 cudaError_t launch_elementwise(const a8_exec* exec, const a8_batch& batch, uint32_t phases, cudaStream_t stream) {
   float* scratch = static_cast<float*>(exec->scratch);
   if (phases & A8_NORM && (batch.rule == A8_LAMB || batch.rule == A8_LARS)) {
-    a8_measure_kernel<<<batch.chunk_count, A8_THREADS, 0, stream>>>(batch, scratch);
+    a8_measure_kernel<<<(batch.chunk_count + A8_WARPS - 1) / A8_WARPS, A8_THREADS, 0, stream>>>(batch, scratch);
     a8_totals_kernel<<<batch.tensor_count, A8_THREADS, 0, stream>>>(batch, scratch, 0u);
   }
-  uint32_t group = group_for(exec->device, batch.chunk_count), grid = (batch.chunk_count + group - 1) / group;
   if (!(phases & A8_APPLY)) return cudaGetLastError();
+  uint32_t group = group_for(exec->device, batch.chunk_count), grid = (batch.chunk_count - 1) / group + 1;
+  bool other = batch.hints & A8_OTHER_FORMATS;
   switch (batch.rule) {
     case A8_ADAM:
-      a8_adam_kernel<<<grid, A8_THREADS, 0, stream>>>(batch, group);
+      if (other)
+        a8_adam_lanes_kernel<<<grid, A8_THREADS, 0, stream>>>(batch, group);
+      else
+        a8_adam_kernel<<<grid, A8_THREADS, 0, stream>>>(batch, group);
       break;
     case A8_LION:
-      a8_lion_kernel<<<grid, A8_THREADS, 0, stream>>>(batch, group);
+      if (other)
+        a8_lion_lanes_kernel<<<grid, A8_THREADS, 0, stream>>>(batch, group);
+      else
+        a8_lion_kernel<<<grid, A8_THREADS, 0, stream>>>(batch, group);
+      break;
+    case A8_RMSPROP:
+      a8_rmsprop_kernel<<<grid, A8_THREADS, 0, stream>>>(batch, group);
       break;
     case A8_SGD:
-      a8_sgd_kernel<<<grid, A8_THREADS, 0, stream>>>(batch, group);
+      if (other)
+        a8_sgd_lanes_kernel<<<grid, A8_THREADS, 0, stream>>>(batch, group);
+      else
+        a8_sgd_kernel<<<grid, A8_THREADS, 0, stream>>>(batch, group);
       break;
-    case A8_LARS:
-      a8_lars_kernel<<<grid, A8_THREADS, 0, stream>>>(batch, scratch, group);
+    case A8_ADAGRAD:
+      a8_adagrad_kernel<<<grid, A8_THREADS, 0, stream>>>(batch, group);
+      break;
+    case A8_ADEMAMIX:
+      a8_ademamix_kernel<<<grid, A8_THREADS, 0, stream>>>(batch, group);
+      break;
+    case A8_LAMB:
+      a8_lamb_kernel<<<grid, A8_THREADS, 0, stream>>>(batch, scratch, group);
       break;
     default:
-      a8_element_kernel<<<batch.chunk_count, A8_THREADS, 0, stream>>>(batch, scratch);
+      if (other)
+        a8_lars_lanes_kernel<<<grid, A8_THREADS, 0, stream>>>(batch, scratch, group);
+      else
+        a8_lars_kernel<<<grid, A8_THREADS, 0, stream>>>(batch, scratch, group);
   }
   return cudaGetLastError();  // sticky for launches: the first that failed
 }

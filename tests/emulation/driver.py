@@ -13,7 +13,7 @@ from torch import Tensor
 
 from a8multi.backend.native import NativeBackend
 from a8multi.loader import Library
-from a8multi.loader.structs import Flag, Phase, RuleKind
+from a8multi.loader.structs import BatchHint, Flag, Phase, RuleKind
 from a8multi.optim import state as state_of
 from a8multi.plan import Item, Moments, MomentSpec, Schedule, StepPlan, matrix_shape
 from a8multi.plan.step_plan import HYPER
@@ -173,9 +173,16 @@ class Run:
         family: which.
         backend: what steps them.
         by_phases: one call a phase, without sums carried from step to step.
+        hints: of the batches, whatever is in them.
     """
 
-    def __init__(self, family: Family, backend: NativeBackend, by_phases: bool = False) -> None:
+    def __init__(
+        self,
+        family: Family,
+        backend: NativeBackend,
+        by_phases: bool = False,
+        hints: BatchHint = BatchHint.OTHER_FORMATS,
+    ) -> None:
         self.family, self.backend, self.by_phases = family, backend, by_phases
         self.arrays: list[list[Array]] = []
         self.grads: list[Array] = []
@@ -185,6 +192,7 @@ class Run:
         carries = family.rule is None and not by_phases
         rule = RuleKind.ADAM if family.rule is None else family.rule
         self.plan = StepPlan(torch.device("cpu"), items, rule=rule, carries_squares=carries)
+        self.plan.hints = hints
         self.plan.grads = [array.data for array in self.grads]
         self.plan.scratch.fill_(float("nan"))  # what is read was written
 

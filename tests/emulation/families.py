@@ -63,6 +63,25 @@ def element_cases(*formats: tuple[str, str, str]) -> tuple[Case, ...]:
     )
 
 
+def lane_cases(*formats: tuple[str, str, str]) -> tuple[Case, ...]:
+    """More of a rule's cases in these formats, for the path that takes any: all types, past its ranges and its ends."""
+    types = tuple(product(DTYPES, DTYPES))
+    return (
+        *(
+            Case((UNITS,), *each, dtype=d, grad=g, row=(i + k) % len(ROWS), skew=int(k == i % len(types)))
+            for i, each in enumerate(formats)
+            for k, (d, g) in enumerate(types)
+        ),
+        *(
+            Case((512,), *each, dtype=d, scale=scale, row=row)
+            for each in formats
+            for d, scale, row in ((F32, 1e-36, 0), (BF16, 1e-25, 2), (F32, 1e18, 1), (BF16, 1e6, 3))
+        ),
+        # Chunks of whole units, and the last of more than one.
+        *(Case((n,), *each, row=row) for each, n, row in zip(formats, (33024, 16640, 16664), (1, 0, 3), strict=False)),
+    )
+
+
 # Five chunks in one stretch.
 LONG = Case((70001,), "int8", "log8")
 
@@ -176,11 +195,11 @@ _CAME = Schedule(ScheduleRule(0), beta1=0.9, beta2=0.999)
 
 
 def _elements(rule: RuleKind, schedule: Schedule, *formats: tuple[str, str, str]) -> Family:
-    return Family(rule, schedule, ROWS, element_cases(*formats))
+    return Family(rule, schedule, ROWS, element_cases(*formats) + lane_cases(*reversed(formats)))
 
 
 FAMILIES = {
-    "adam": Family(RuleKind.ADAM, _ADAM, ROWS, (*element_cases(*_TWO), LONG)),
+    "adam": Family(RuleKind.ADAM, _ADAM, ROWS, (*element_cases(*_TWO), *lane_cases(*_TWO[1:]), LONG)),
     "lion": _elements(RuleKind.LION, _UNBIASED, *_ONE),
     "rmsprop": _elements(
         RuleKind.RMSPROP,

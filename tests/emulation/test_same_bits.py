@@ -32,21 +32,24 @@ STEPS = 3
 class Variant(NamedTuple):
     """architecture: 750 has shuffles and plain loads, 900 asynchronous copies and packed conversions. order: of threads
     and blocks, and when copies are done (device/fibers.h). multiprocessors: 0 makes the groups of chunks as large as
-    they get."""
+    they get. hints: of the batches, whatever is in them; families: to which alone it matters, or all."""
 
     architecture: int
     order: int
     multiprocessors: int
     by_phases: bool
+    hints: structs.BatchHint
+    families: tuple[str, ...] | None = None
 
 
+_USUAL, _OTHER = structs.BatchHint(0), structs.BatchHint.OTHER_FORMATS
 VARIANTS = {
-    "sm_75 by phases": Variant(750, 0, 1, True),
-    "sm_90 shuffled in groups": Variant(900, 6, 0, False),
-    "sm_90 copies at once": Variant(900, 7, 1, False),
+    "sm_75 by phases": Variant(750, 0, 1, True, _USUAL),
+    "sm_90 shuffled in groups": Variant(900, 6, 0, False, _OTHER),
+    "sm_90 usual formats": Variant(900, 6, 0, False, _USUAL, ("adam", "lion", "sgd", "lars")),
+    # The kernels of the others have no asynchronous copies, but for those that they share with these.
+    "sm_90 copies at once": Variant(900, 7, 1, False, _USUAL, ("adam", "adafactor")),
 }
-# The kernels of the others have no asynchronous copies, but for those that they share with these.
-COPYING = ("adam", "adafactor")
 
 _expected: dict[str, Run] = {}
 
@@ -65,12 +68,12 @@ def expected(family: str) -> Run:
     [
         pytest.param(family, variant, id=f"{family}-{name}")
         for family, (name, variant) in product(FAMILIES, VARIANTS.items())
-        if name != "sm_90 copies at once" or family in COPYING
+        if variant.families is None or family in variant.families
     ],
 )
 def test_steps(emulated: Callable[[int], Library], family: str, variant: Variant) -> None:
     backend = EmulatedBackend(emulated(variant.architecture), variant.order, variant.multiprocessors)
-    found = Run(FAMILIES[family], backend, variant.by_phases)
+    found = Run(FAMILIES[family], backend, variant.by_phases, variant.hints)
     for _ in range(STEPS):
         found.step()
     wrong = differences(expected(family), found)

@@ -134,6 +134,32 @@ def test_rows_describe_the_tensors() -> None:
     assert table[2]["first_block"] == table[2]["second_block"] == 0
 
 
+def test_hints_say_how_most_elements_are_stored() -> None:
+    """A hint changes no bit, so that a few vectors in float32 do not count, but a model in nf4 does."""
+    usual, other = structs.BatchHint(0), structs.BatchHint.OTHER_FORMATS
+    shapes = ((64, 96), (8192,), (100,))
+
+    def hints(kind: Any = a8multi.AdamW8bit, **options: Any) -> structs.BatchHint:
+        optimizer, _ = _optimizer(shapes, kind, **options)
+        optimizer.step()
+        return _plan(optimizer).hints
+
+    assert hints() == usual
+    assert hints(a8multi.Lion8bit) == usual
+    for options in (
+        {"first_moment": "nf4"},
+        {"second_moment": "fp32"},
+        {"block_size": 64},
+        {"min_quantized_numel": 1 << 20},
+    ):
+        assert hints(**options) == other, options
+    params = [torch.nn.Parameter(torch.zeros(8192, dtype=torch.bfloat16))]
+    item = a8multi.AdamW8bit(params)
+    params[0].grad = torch.ones(8192, dtype=torch.bfloat16)
+    item.step()
+    assert _plan(item).hints == usual
+
+
 def test_dtypes_follow_the_tensors() -> None:
     params = [torch.nn.Parameter(torch.zeros(8, dtype=d)) for d in (torch.float32, torch.bfloat16, torch.float16)]
     optimizer = a8multi.AdamW8bit(params)

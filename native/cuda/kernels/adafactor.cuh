@@ -36,25 +36,43 @@ A8_FN float a8_mean_of(float* sums, int64_t stride, int64_t parts, float* mean, 
   return *mean = a8_average(hyper, *mean, a8_div(sum, count));
 }
 
+// Of a tile's rows or columns the part that is its block of threads' to combine: those of all tiles beside each other share them
+// evenly, for a sum is one chain of loads. number: the tile's among them.
+typedef struct a8_share {
+  int64_t first, end;
+} a8_share;
+
+A8_FN a8_share a8_share_of(int64_t first, int count, int64_t number, int64_t tiles) {
+  int64_t each = (count + tiles - 1) / tiles, from = min((long long)(number * each), (long long)count);
+  return {first + from, first + min((long long)(from + each), (long long)count)};
+}
+
+A8_FN a8_share a8_rows_of(const a8_matrix_tile& tile) {
+  return a8_share_of(tile.row, tile.rows, tile.across, a8_tiles_across(tile.tensor->cols, A8_TILE_COLS));
+}
+
+A8_FN a8_share a8_cols_of(const a8_matrix_tile& tile) {
+  return a8_share_of(tile.col, tile.cols, tile.down, a8_tiles_across(tile.tensor->rows, A8_TILE_ROWS));
+}
+
 // Partial sums of the tiles, in order, into row and column sums (A8_REDUCE); then the means, and each column's factor of
-// 1 / sqrt(v) (A8_MOMENTS). One block of threads a tile: those at the matrix's left edge do its rows, at the top its columns.
+// 1 / sqrt(v) (A8_MOMENTS). One block of threads a tile.
 extern "C" __global__ void __launch_bounds__(A8_THREADS)
     a8_adafactor_means_kernel(a8_batch batch, float* scratch, uint32_t phases) {
   if (a8_skips(batch)) return;
   a8_matrix_tile tile = a8_tile_of(batch, blockIdx.x);
   const a8_tensor* t = tile.tensor;
   const a8_hyper* hyper = batch.hypers + t->hyper;
-  if (tile.across == 0)
-    for (int64_t row = tile.row + threadIdx.x; row < tile.row + tile.rows; row += A8_THREADS)
-      a8_mean_of(scratch + t->row_at + row, t->rows, a8_tiles_across(t->cols, A8_TILE_COLS),
-                 a8_at<float>(t->second, row), (float)t->cols, hyper, phases);
-  if (tile.down == 0)
-    for (int64_t col = tile.col + threadIdx.x; col < tile.col + tile.cols; col += A8_THREADS) {
-      float* sums = scratch + t->col_at + col;
-      float mean = a8_mean_of(sums, t->cols, a8_tiles_across(t->rows, A8_TILE_ROWS), a8_at<float>(t->second_block, col),
-                              (float)t->rows, hyper, phases);
-      if (phases & A8_MOMENTS) *sums = a8_reciprocal_root(mean);
-    }
+  a8_share rows = a8_rows_of(tile), cols = a8_cols_of(tile);
+  for (int64_t row = rows.first + threadIdx.x; row < rows.end; row += A8_THREADS)
+    a8_mean_of(scratch + t->row_at + row, t->rows, a8_tiles_across(t->cols, A8_TILE_COLS), a8_at<float>(t->second, row),
+               (float)t->cols, hyper, phases);
+  for (int64_t col = cols.first + threadIdx.x; col < cols.end; col += A8_THREADS) {
+    float* sums = scratch + t->col_at + col;
+    float mean = a8_mean_of(sums, t->cols, a8_tiles_across(t->rows, A8_TILE_ROWS), a8_at<float>(t->second_block, col),
+                            (float)t->rows, hyper, phases);
+    if (phases & A8_MOMENTS) *sums = a8_reciprocal_root(mean);
+  }
 }
 
 // Each row's factor of 1 / sqrt(v) from the rows' means. By a block of threads whose tile is at the left edge; each sums all
@@ -91,9 +109,10 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS, 2)
     a8_adafactor_residual_kernel(a8_batch batch, float* scratch, uint32_t averages) {
   __shared__ a8_reduce_room room;
   __shared__ a8_nf4_table table;
+  alignas(16) __shared__ float col_factor[A8_TILE_COLS];
   if (a8_skips(batch)) return;
   a8_matrix_tile tile = a8_tile_of(batch, blockIdx.x);
-  if (a8_has_confidence(batch, tile, averages)) a8_residual_tile(batch, tile, scratch, &room, &table);
+  if (a8_has_confidence(batch, tile, averages)) a8_residual_tile(batch, tile, scratch, &room, &table, col_factor);
 }
 
 // Like a8_adafactor_means_kernel, of the confidence s: with A8_AVERAGE_UPDATE each column's factor of 1 / sqrt(s), else that
@@ -105,23 +124,22 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS)
   if (!a8_has_confidence(batch, tile, averages)) return;
   const a8_tensor* t = tile.tensor;
   const a8_hyper* hyper = batch.hypers + t->hyper;
-  if (tile.across == 0)
-    for (int64_t row = tile.row + threadIdx.x; row < tile.row + tile.rows; row += A8_THREADS) {
-      float sum = a8_combine(scratch + t->residual_at + row, t->rows, a8_tiles_across(t->cols, A8_TILE_COLS));
-      float* mean = a8_at<float>(t->third, row);
-      *mean = a8_confidence(hyper, *mean, a8_div(sum, (float)t->cols));
-    }
-  if (tile.down == 0)
-    for (int64_t col = tile.col + threadIdx.x; col < tile.col + tile.cols; col += A8_THREADS) {
-      float* sums = scratch + a8_confidence_cols_at(t) + col;
-      float sum = a8_combine(sums, t->cols, a8_tiles_across(t->rows, A8_TILE_ROWS));
-      float* mean = a8_at<float>(t->third_block, col);
-      *mean = a8_confidence(hyper, *mean, a8_div(sum, (float)t->rows));
-      if (averages)
-        *sums = a8_reciprocal_root(*mean);
-      else
-        scratch[t->col_at + col] = a8_reciprocal_root(*a8_at<float>(t->second_block, col) * *mean);
-    }
+  a8_share rows = a8_rows_of(tile), cols = a8_cols_of(tile);
+  for (int64_t row = rows.first + threadIdx.x; row < rows.end; row += A8_THREADS) {
+    float sum = a8_combine(scratch + t->residual_at + row, t->rows, a8_tiles_across(t->cols, A8_TILE_COLS));
+    float* mean = a8_at<float>(t->third, row);
+    *mean = a8_confidence(hyper, *mean, a8_div(sum, (float)t->cols));
+  }
+  for (int64_t col = cols.first + threadIdx.x; col < cols.end; col += A8_THREADS) {
+    float* sums = scratch + a8_confidence_cols_at(t) + col;
+    float sum = a8_combine(sums, t->cols, a8_tiles_across(t->rows, A8_TILE_ROWS));
+    float* mean = a8_at<float>(t->third_block, col);
+    *mean = a8_confidence(hyper, *mean, a8_div(sum, (float)t->rows));
+    if (averages)
+      *sums = a8_reciprocal_root(*mean);
+    else
+      scratch[t->col_at + col] = a8_reciprocal_root(*a8_at<float>(t->second_block, col) * *mean);
+  }
 }
 
 // Like a8_adafactor_factors_kernel, of the confidence.

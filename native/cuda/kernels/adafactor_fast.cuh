@@ -8,7 +8,6 @@
 #include "exact.cuh"
 #include "nf4_table.cuh"
 
-#define A8_MOMENT_BLOCK 128  // block size of a quantised first moment here
 #define A8_LINE A8_LANES
 
 // Beyond the maximum a root is taken by the compiler's guarded functions. Below 2^-100 every root meets the bound, which is
@@ -39,7 +38,7 @@ A8_FN a8_lane_place a8_lane_place_of(const a8_factor_job& job) {
   place.first = a8_at<char>(t->first, t->first_format == A8_NF4    ? job.from / 2
                                       : t->first_format == A8_INT8 ? job.from
                                                                    : job.from * 4);
-  place.first_block = a8_at<char>(t->first_block, job.from / A8_MOMENT_BLOCK * 4);
+  place.first_block = a8_at<char>(t->first_block, job.from / A8_USUAL_BLOCK * 4);
   place.log8 = t->second_format == A8_LOG8;
   place.second_shift = 31u - (uint32_t)__clz((int)t->second_block_size);
   place.second = a8_at<char>(t->second, place.log8 ? job.from : job.from * 4);
@@ -102,7 +101,7 @@ A8_FN void a8_put_first(const a8_lane_place& place, uint32_t e, bool active, con
   }
   uint32_t most = a8_most_of_lanes(m);
   float scale, absmax = a8_float(most);
-  bool leader = active && threadIdx.x % (A8_MOMENT_BLOCK / 8) == 0;
+  bool leader = active && threadIdx.x % (A8_USUAL_BLOCK / 8) == 0;
   // One branch for the warp: the ranges of exact.cuh, or what has to be guarded.
   bool ordinary = most == 0 || (absmax >= A8_TWO_TO(-100) && absmax <= A8_TWO_TO(100));
   ordinary = __all_sync(A8_LANE_MASK, ordinary);
@@ -123,7 +122,7 @@ A8_FN void a8_put_first(const a8_lane_place& place, uint32_t e, bool active, con
     if (!ordinary && !a8_absmax_finite(most)) packed[0] = packed[1] = 0u;
     if (active) __stcs(reinterpret_cast<uint2*>(codes + e), make_uint2(packed[0], packed[1]));
   }
-  if (leader) __stcs(reinterpret_cast<float*>(const_cast<char*>(place.first_block) + e / A8_MOMENT_BLOCK * 4), scale);
+  if (leader) __stcs(reinterpret_cast<float*>(const_cast<char*>(place.first_block) + e / A8_USUAL_BLOCK * 4), scale);
 }
 
 // --- The second moment. ---
@@ -286,7 +285,7 @@ A8_FN bool a8_suits_factors(const a8_factor_job& job, int64_t cols_at) {
 // Whether a fast path takes the chunk, for types that have one.
 A8_FN bool a8_suits_warp(const a8_factor_job& job) {
   const a8_tensor* t = job.tensor;
-  bool block = t->first_block_size == A8_MOMENT_BLOCK;
+  bool block = t->first_block_size == A8_USUAL_BLOCK;
   bool first = t->first_format == A8_NONE || (t->first_format == A8_INT8 && block && a8_aligned(t->first, 8)) ||
                (t->first_format == A8_NF4 && block && a8_aligned(t->first, 4)) ||
                (t->first_format == A8_STATE_F32 && a8_aligned(t->first, 16));

@@ -27,9 +27,14 @@ A8_FN float a8_residual_of(const a8_residual_rule& r, float g, float root, float
 // Where a lane's eight of a tile's row come from.
 typedef struct a8_residual_place {
   const a8_tensor* tensor;
-  const float *row_factor, *col_factor;  // of the matrix
-  const a8_nf4_table* table;             // in shared memory
-  uint32_t first_shift;                  // log2 of the first moment's block size
+  // The tensor's, which the compiler would read anew after every sum that is stored.
+  const char *grad, *first;
+  const float* first_block;
+  int64_t cols;
+  const float* row_factor;    // of the matrix
+  const float* col_factor;    // of the tile, in shared memory; zero beyond its last column
+  const a8_nf4_table* table;  // in shared memory
+  uint32_t first_shift;       // log2 of the first moment's block size
 } a8_residual_place;
 
 // The first moment of one element.
@@ -46,29 +51,27 @@ A8_FN float a8_first_at(const a8_residual_place& place, int64_t e) {
 
 // What is stored of eight elements from a multiple of eight on, aligned (a8_suits_eight): they lie in one block. Codes only.
 A8_FN void a8_load_first(const a8_residual_place& place, uint32_t format, int64_t e, a8_first_eight* x) {
-  const a8_tensor* t = place.tensor;
   if (format == A8_INT8) {
-    uint2 codes = *reinterpret_cast<const uint2*>(a8_at<char>(t->first, e));
+    uint2 codes = *reinterpret_cast<const uint2*>(place.first + e);
     x->codes[0] = codes.x, x->codes[1] = codes.y;
   } else if (format == A8_NF4) {
-    x->codes[0] = *reinterpret_cast<const uint32_t*>(a8_at<char>(t->first, e / 2));
+    x->codes[0] = *reinterpret_cast<const uint32_t*>(place.first + e / 2);
   } else {
     return;
   }
-  x->scale = *a8_at<float>(t->first_block, e >> place.first_shift);
+  x->scale = place.first_block[e >> place.first_shift];
 }
 
 // Their values, from the codes or, of a moment that has none, from memory.
 A8_FN void a8_first_values(const a8_residual_place& place, uint32_t format, int64_t e, const a8_first_eight& x,
                            float* m) {
-  const a8_tensor* t = place.tensor;
   if (format == A8_STATE_BF16) {
     a8_eight<A8_BF16> raw;
-    a8_get<A8_BF16, false>(&raw, t->first, e);
+    a8_get<A8_BF16, false>(&raw, place.first, e);
 #pragma unroll
     for (int i = 0; i < 8; ++i) m[i] = a8_value<A8_BF16>(raw.w, i);
   } else {
-    a8_decode_first(x, format, a8_at<float>(t->first, e), format == A8_STATE_F32, place.table, m);
+    a8_decode_first(x, format, place.first + 4 * e, format == A8_STATE_F32, place.table, m);
   }
 }
 
@@ -76,24 +79,7 @@ A8_FN void a8_first_values(const a8_residual_place& place, uint32_t format, int6
 A8_FN bool a8_suits_eight(const a8_residual_place& place) {
   const a8_tensor* t = place.tensor;
   uint32_t first = t->first_format == A8_NF4 ? 4 : t->first_format == A8_INT8 ? 8 : 16;
-  return t->cols % 8 == 0 && a8_aligned(t->grad, 16) && a8_aligned(place.col_factor, 16) &&
-         (t->first_format == A8_NONE || a8_aligned(t->first, first));
-}
-
-// The factors of eight neighbouring columns, of which the first `exist` exist.
-template <bool kAligned>
-A8_FN void a8_column_factors(const a8_residual_place& place, int64_t col, int exist, float* factor) {
-  const float* in = place.col_factor + col;
-  if (kAligned) {
-#pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-      float4 x = *reinterpret_cast<const float4*>(in + i);
-      factor[i] = x.x, factor[i + 1] = x.y, factor[i + 2] = x.z, factor[i + 3] = x.w;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) factor[i] = i < exist ? in[i] : 0.0f;
-  }
+  return t->cols % 8 == 0 && a8_aligned(t->grad, 16) && (t->first_format == A8_NONE || a8_aligned(t->first, first));
 }
 
 // One run of rows by one warp: row sums to `row_sums`, the run's column sums to `columns` in shared memory. row0, col0: of the
@@ -110,13 +96,13 @@ A8_FN void a8_residual_run(const a8_residual_place& place, const a8_residual_rul
   float column[A8_TILE_LINES][8];
   uint32_t grad[A8_TILE_LINES][kDtype == A8_F32 ? 8 : 4];
   a8_first_eight first[A8_TILE_LINES];
-  int64_t next = row0 * t->cols + col0 + 8 * lane;  // of the row to be loaded: the lane's first element
+  int64_t next = row0 * place.cols + col0 + 8 * lane;  // of the row to be loaded: the lane's first element
   auto load = [&](int k) {
     int exist = cols - k * A8_LANES - 8 * lane;
     int64_t e = next + k * A8_LANES;
     if (exist <= 0) return;
     if (kAligned) {
-      a8_load_eight<kDtype>(a8_at<char>(t->grad, e * (kDtype == A8_F32 ? 4 : 2)), grad[k]);
+      a8_load_eight<kDtype>(place.grad + e * (kDtype == A8_F32 ? 4 : 2), grad[k]);
       a8_load_first(place, format, e, &first[k]);
     } else {
       a8_load_any(a8_at<char>(t->grad, e * (t->grad_dtype == A8_F32 ? 4 : 2)), t->grad_dtype, exist, grad[k]);
@@ -140,7 +126,7 @@ A8_FN void a8_residual_run(const a8_residual_place& place, const a8_residual_rul
       bool more = row + r + 1 < rows;
       int64_t at = next;
       float factor = row_factor;
-      if (kAhead) next += t->cols;
+      if (kAhead) next += place.cols;
       if (more) row_factor = place.row_factor[row0 + row + r + 1];
 #pragma unroll
       for (int k = 0; k < A8_TILE_LINES; ++k) {
@@ -149,7 +135,11 @@ A8_FN void a8_residual_run(const a8_residual_place& place, const a8_residual_rul
         if (exist > 0) {
           int64_t e = at + k * A8_LANES;
           if (!kAhead) load(k);
-          a8_column_factors<kAligned>(place, col0 + k * A8_LANES + 8 * lane, exist, root);
+#pragma unroll
+          for (int i = 0; i < 8; i += 4) {
+            float4 x = *reinterpret_cast<const float4*>(place.col_factor + k * A8_LANES + 8 * lane + i);
+            root[i] = x.x, root[i + 1] = x.y, root[i + 2] = x.z, root[i + 3] = x.w;
+          }
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
             g[i] = a8_value<kDtype>(grad[k], i);
@@ -166,7 +156,7 @@ A8_FN void a8_residual_run(const a8_residual_place& place, const a8_residual_rul
           }
         }
       }
-      if (!kAhead) next += t->cols;
+      if (!kAhead) next += place.cols;
     }
     float sum = a8_fold_two(lanes);
     if (lane % 16 == 0 && row + lane / 16 < rows) row_sums[row + lane / 16] = sum;
@@ -202,15 +192,21 @@ A8_FN void a8_residual_typed(const a8_residual_place& place, const a8_residual_r
 }
 
 A8_FN void a8_residual_tile(const a8_batch& batch, const a8_matrix_tile& tile, float* scratch, a8_reduce_room* room,
-                            a8_nf4_table* table) {
+                            a8_nf4_table* table, float* col_factor) {
   const a8_tensor* t = tile.tensor;
   const a8_hyper* h = batch.hypers + t->hyper;
   a8_share_nf4_table(table);
+  for (int col = (int)threadIdx.x; col < A8_TILE_COLS; col += A8_THREADS)
+    col_factor[col] = col < tile.cols ? scratch[t->col_at + tile.col + col] : 0.0f;
   __syncthreads();
   int run = (int)a8_warp_number(), first = run * A8_RUN_ROWS, rows = min(tile.rows - first, A8_RUN_ROWS);
   float* row_sums = scratch + t->residual_at + tile.across * t->rows + tile.row + first;
   float* col_sums = scratch + a8_confidence_cols_at(t) + tile.down * t->cols + tile.col;
-  a8_residual_place place = {t, scratch + t->row_at, scratch + t->col_at, table, 0};
+  a8_residual_place place;
+  place.tensor = t, place.cols = t->cols, place.table = table;
+  place.grad = a8_at<char>(t->grad, 0), place.first = a8_at<char>(t->first, 0);
+  place.first_block = a8_at<float>(t->first_block, 0);
+  place.row_factor = scratch + t->row_at, place.col_factor = col_factor;
   place.first_shift = a8_block_shift(t->first_format, t->first_block_size);
   a8_residual_rule rule;
   rule.bound = a8_div(1.0f, h->eps);

@@ -48,7 +48,7 @@ struct a8_stages {
         a8_copy_or_zero<8>(arena + at + kFirstAt + 8 * a8_lane(), place.first + e, exists);
       else
         a8_copy_or_zero<4>(arena + at + kFirstAt + 8 * a8_lane(), place.first + e / 2, exists);
-      a8_copy_or_zero<4>(arena + at + kScaleAt + 4 * a8_lane(), place.first_block + e / A8_MOMENT_BLOCK * 4, exists);
+      a8_copy_or_zero<4>(arena + at + kScaleAt + 4 * a8_lane(), place.first_block + e / A8_USUAL_BLOCK * 4, exists);
     }
     if (kFull && place.log8) {
       a8_copy_or_zero<8>(arena + at + kSecondAt + 8 * a8_lane(), place.second + e, exists);

@@ -1,6 +1,6 @@
 // Adam on one unit in the default state: int8 first and log8 second moment.
 //
-// Instruction slots are the other limit: 79 an element last as long as its bytes on an H200, so one branch a unit decides
+// Instruction slots are the other limit: 76 an element last as long as its bytes on an H200, so one branch a unit decides
 // that no element needs the compiler's guarded division and square root, which branch for each. Where a formula of
 // a8/rules.h, a8/math.h or a8/format.h is spelt differently, the bits are the same.
 #pragma once
@@ -23,6 +23,14 @@ A8_FN bool a8_is_ordinary(const a8_rule& r) {
          a8_is_fraction(r.beta2) && a8_is_fraction(r.one_minus_beta2);
 }
 
+// The least a8_log8_low_key of eight values.
+A8_FN uint32_t a8_low_key_of_eight(const float* v) {
+  uint32_t low = 0xffffffffu;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) low = min(low, a8_log8_low_key((int32_t)a8_bits(v[i])));
+  return low;
+}
+
 template <uint32_t kParam, uint32_t kGrad>
 struct a8_fast_rule<A8_ADAM, kParam, kGrad> : a8_fast_lanes<kParam, kGrad, true> {
   typedef a8_fast_lanes<kParam, kGrad, true> Lanes;
@@ -31,7 +39,7 @@ struct a8_fast_rule<A8_ADAM, kParam, kGrad> : a8_fast_lanes<kParam, kGrad, true>
 
   static __device__ __forceinline__ bool suits(const a8_element_job& job) {
     const a8_tensor* t = job.tensor;
-    return a8_suits_lanes(t) && t->second_format == A8_LOG8 && t->second_block_size == A8_FAST_BLOCK &&
+    return a8_suits_lanes(t) && t->second_format == A8_LOG8 && t->second_block_size == A8_USUAL_BLOCK &&
            a8_aligned(t->second, 8) && a8_is_ordinary(job.rule);
   }
 
@@ -44,7 +52,7 @@ struct a8_fast_rule<A8_ADAM, kParam, kGrad> : a8_fast_lanes<kParam, kGrad, true>
 #pragma unroll
       for (int i = 0; i < 8; ++i)
         position[i] =
-            position[i] + a8_offset(phase + (kRuns == 1 ? i : i / 4 * (A8_FAST_BLOCK / 2) + i % 4) * A8_PHASE_STRIDE);
+            position[i] + a8_offset(phase + (kRuns == 1 ? i : i / 4 * (A8_USUAL_BLOCK / 2) + i % 4) * A8_PHASE_STRIDE);
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i) position[i] = position[i] + A8_LOG8_NEAREST;
@@ -53,8 +61,21 @@ struct a8_fast_rule<A8_ADAM, kParam, kGrad> : a8_fast_lanes<kParam, kGrad, true>
     a8_store_eight_codes<kRuns>(at.second, packed);
   }
 
+  // a8_rule_param of eight. kZeros: some v may be zero.
+  template <bool kZeros>
+  static __device__ __forceinline__ void update(const a8_rule& rule, const float* m, const float* v,
+                                                const uint32_t* param, float* p) {
+    float lowered_step = rule.step_size * A8_TWO_TO(-A8_LIFT);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float root = a8_exact_sqrt<kZeros>(v[i]) * rule.root_bias + rule.eps;
+      float ratio = a8_exact_div(__fmul_rn(m[i], A8_TWO_TO(A8_LIFT)), root);
+      p[i] = a8_value<kParam>(param, i) * rule.decay - lowered_step * ratio;
+    }
+  }
+
   // Updates a unit from `stage` and, when there is `more`, loads the stage anew. at: what to load; the unit itself is
-  // A8_STAGES strides behind. A unit that is not ordinary is only noted in `left`.
+  // kStages strides behind. A unit that is not ordinary is only noted in `left`.
   static __device__ __forceinline__ void step(const a8_element_job& job, const a8_fast_place& at, uint32_t pair,
                                               uint32_t unit, bool more, Stage* stage, unsigned long long* left) {
     const a8_rule& rule = job.rule;
@@ -87,9 +108,12 @@ struct a8_fast_rule<A8_ADAM, kParam, kGrad> : a8_fast_lanes<kParam, kGrad, true>
       // No m is NaN unless the scale or a v is not finite, which is not ordinary.
       most = fmaxf(most, fabsf(m[i]));
       // Without a8_log8_bits: no v is negative or subnormal.
-      low = min(low, a8_log8_low_key((int32_t)a8_bits(v[i])));
+      low = min(low, a8_bits(v[i]));
       high = max(high, a8_bits(v[i]));
     }
+    // Most warps have no zero, and need neither the key that puts zeros last nor a root of zero.
+    bool zeros = __any_sync(A8_LANE_MASK, low == 0);
+    low = zeros ? a8_low_key_of_eight(v) : low - 1u;
     bool ordinary = a8_absmax_finite(a8_bits(scale));
 
     uint32_t most_bits = a8_lanes_max<16>(a8_bits(most));
@@ -102,19 +126,16 @@ struct a8_fast_rule<A8_ADAM, kParam, kGrad> : a8_fast_lanes<kParam, kGrad, true>
     Lanes::template read_values<kParamBytes>(stage->param, param);
     if (more) Lanes::load(at, stage);
     if (!all_ordinary) {
-      if (threadIdx.x % 32 == 0) Lanes::leave(left, unit);
+      if (threadIdx.x % 32 == 0) a8_leave_unit(left, unit);
       return;
     }
 
-    float lowered_step = rule.step_size * A8_TWO_TO(-A8_LIFT);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {  // a8_rule_param
-      float root = a8_exact_sqrt(v[i]) * rule.root_bias + rule.eps;
-      float ratio = a8_exact_div(__fmul_rn(m[i], A8_TWO_TO(A8_LIFT)), root);
-      p[i] = a8_value<kParam>(param, i) * rule.decay - lowered_step * ratio;
-    }
+    if (zeros)
+      update<true>(rule, m, v, param, p);
+    else
+      update<false>(rule, m, v, param, p);
     a8_fast_place to = at;
-    Lanes::advance(&to, -A8_STAGES);
+    Lanes::advance(&to, -Lanes::kStages);
     Lanes::store_param(job, to, pair, p);
     Lanes::store_first(to, m, most_bits == 0 ? 0.0f : a8_exact_div(A8_INT8_LEVELS, most));
     a8_log8_header after = a8_log8_header_of(a8_log8_low(low), (int32_t)high, header);

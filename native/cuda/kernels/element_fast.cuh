@@ -6,25 +6,13 @@
 #pragma once
 
 #include "element_general.cuh"
-#include "eight.cuh"
-#include "exact.cuh"
-
-#define A8_FAST_BLOCK 128
-
-// The range of a block's largest first moment, if it is not zero, in which exact.cuh makes its scale.
-#define A8_ORDINARY_FIRST_MIN A8_TWO_TO(-100)
-#define A8_ORDINARY_FIRST_MAX A8_TWO_TO(20)
-
-A8_FN bool a8_is_ordinary_first(uint32_t most) {
-  return most == 0 ||
-         most - a8_bits(A8_ORDINARY_FIRST_MIN) <= a8_bits(A8_ORDINARY_FIRST_MAX) - a8_bits(A8_ORDINARY_FIRST_MIN);
-}
+#include "lanes.cuh"
 
 // --- Eight elements a lane. Of 16-bit types one run of 8; with a float32 two runs of 4, half a block apart. ---
 
 template <uint32_t kDtype, int kRuns>
 A8_FN void a8_store_eight(char* out, const uint32_t* w) {
-  const int half_block = A8_FAST_BLOCK / 2 * (kDtype == A8_F32 ? 4 : 2);
+  const int half_block = A8_USUAL_BLOCK / 2 * (kDtype == A8_F32 ? 4 : 2);
   if (kDtype == A8_F32 || kRuns == 1) {
 #pragma unroll
     for (int i = 0; i < (kDtype == A8_F32 ? 2 : 1); ++i)
@@ -43,7 +31,7 @@ A8_FN void a8_store_eight_codes(char* out, const uint32_t* w) {
     __stcs(reinterpret_cast<uint2*>(out), make_uint2(w[0], w[1]));
   } else {
     __stcs(reinterpret_cast<uint32_t*>(out), w[0]);
-    __stcs(reinterpret_cast<uint32_t*>(out + A8_FAST_BLOCK / 2), w[1]);
+    __stcs(reinterpret_cast<uint32_t*>(out + A8_USUAL_BLOCK / 2), w[1]);
   }
 }
 
@@ -60,11 +48,11 @@ struct a8_fast_stage {
   uint32_t header[kSecond ? A8_THREADS : 1];           // of the second
 };
 
-// Units that a warp loads ahead: enough bytes in flight to keep the memory busy.
-#define A8_STAGES 2
+// Shared memory for the units that the warps load ahead: at least two of any types. Enough bytes in flight keep the memory busy;
+// where there is no second moment, little else is to do while they come.
 template <bool kSecond>
 struct a8_fast_room {
-  alignas(16) char bytes[A8_STAGES * sizeof(a8_fast_stage<4, 4, kSecond>)];
+  alignas(16) char bytes[kSecond ? 2 * sizeof(a8_fast_stage<4, 4, true>) : 4 * sizeof(a8_fast_stage<2, 2, false>)];
 };
 
 // Where a lane reads and writes, in bytes.
@@ -81,6 +69,7 @@ struct a8_fast_lanes {
   static const uint32_t kWarps = A8_THREADS / 32;
   static const int kStride = kWarps * A8_UNIT;  // elements from a unit of a warp to its next
   typedef a8_fast_stage<kParamBytes, kGradBytes, kSecond> Stage;
+  static const int kStages = sizeof(a8_fast_room<kSecond>) / sizeof(Stage);
 
   // One lane's eight values of kBytes each.
   template <int kBytes>
@@ -89,7 +78,7 @@ struct a8_fast_lanes {
 #pragma unroll
     for (int run = 0; run < 8 * kBytes / kPiece; ++run)
       a8_copy<kPiece>(reinterpret_cast<char*>(&row[run * kPiece / 16][threadIdx.x]) + run * kPiece % 16,
-                      from + run * (A8_FAST_BLOCK / 2 * kBytes));
+                      from + run * (A8_USUAL_BLOCK / 2 * kBytes));
   }
 
   static __device__ __forceinline__ void load(const a8_fast_place& at, Stage* stage) {
@@ -98,8 +87,8 @@ struct a8_fast_lanes {
     char* codes = reinterpret_cast<char*>(&stage->codes[(kSecond ? 2 : 1) * threadIdx.x]);
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
-      a8_copy<8 / kRuns>(codes + 4 * run, at.first + run * (A8_FAST_BLOCK / 2));
-      if (kSecond) a8_copy<8 / kRuns>(codes + 8 + 4 * run, at.second + run * (A8_FAST_BLOCK / 2));
+      a8_copy<8 / kRuns>(codes + 4 * run, at.first + run * (A8_USUAL_BLOCK / 2));
+      if (kSecond) a8_copy<8 / kRuns>(codes + 8 + 4 * run, at.second + run * (A8_USUAL_BLOCK / 2));
     }
     if (kSecond) a8_copy<4>(&stage->header[threadIdx.x], at.second_block);
     a8_copy<4>(&stage->scale[threadIdx.x], at.first_block);
@@ -119,15 +108,15 @@ struct a8_fast_lanes {
     at->param += strides * kStride * kParamBytes;
     at->grad += strides * kStride * kGradBytes;
     at->first += strides * kStride;
-    at->first_block += strides * kStride / A8_FAST_BLOCK * 4;
+    at->first_block += strides * kStride / A8_USUAL_BLOCK * 4;
     if (!kSecond) return;
     at->second += strides * kStride;
-    at->second_block += strides * kStride / A8_FAST_BLOCK * 4;
+    at->second_block += strides * kStride / A8_USUAL_BLOCK * 4;
   }
 
   // The noise word of elements (i, i + 1). pair: the lane's first pair in the stretch.
   static __device__ __forceinline__ uint32_t noise(a8_noise key, uint32_t pair, int i) {
-    return a8_noise_word(key, pair + (kRuns == 1 ? i / 2 : i / 4 * (A8_FAST_BLOCK / 4) + i / 2 % 2));
+    return a8_noise_word(key, pair + (kRuns == 1 ? i / 2 : i / 4 * (A8_USUAL_BLOCK / 4) + i / 2 % 2));
   }
 
   static __device__ __forceinline__ void store_param(const a8_element_job& job, const a8_fast_place& at, uint32_t pair,
@@ -149,12 +138,6 @@ struct a8_fast_lanes {
     a8_int8_eight(m, inverse, packed);
     a8_store_eight_codes<kRuns>(at.first, packed);
   }
-
-  // Notes a unit of the stretch for a8_element_general. By one thread.
-  static __device__ __forceinline__ void leave(unsigned long long* left, uint32_t unit) {
-    const uint32_t kUnits = A8_CHUNK / A8_UNIT;
-    atomicOr(&left[unit / kUnits], 1ull << unit % kUnits);
-  }
 };
 
 // A rule on one unit: a8_fast_lanes with a function `step`, and `suits`, whether it takes a job.
@@ -172,10 +155,10 @@ A8_FN void a8_fast_run(const a8_element_job& job, char* room, unsigned long long
   const uint32_t kWarps = Rule::kWarps;
   const a8_tensor* t = job.tensor;
   uint32_t lane = threadIdx.x & 31u, warp = threadIdx.x / 32, units = job.count / A8_UNIT;
-  if (threadIdx.x == 0 && job.count % A8_UNIT != 0) Rule::leave(left, units);
+  if (threadIdx.x == 0 && job.count % A8_UNIT != 0) a8_leave_unit(left, units);
   if (warp >= units) return;
-  uint32_t at_element = warp * A8_UNIT + lane / 16 * A8_FAST_BLOCK + lane % 16 * (8 / kRuns);
-  int64_t e = job.from + at_element, block = e / A8_FAST_BLOCK;
+  uint32_t at_element = warp * A8_UNIT + lane / 16 * A8_USUAL_BLOCK + lane % 16 * (8 / kRuns);
+  int64_t e = job.from + at_element, block = e / A8_USUAL_BLOCK;
   a8_fast_place at;
   at.param = static_cast<char*>(t->param) + e * kParamBytes;
   at.grad = static_cast<const char*>(t->grad) + e * kGradBytes;
@@ -187,7 +170,7 @@ A8_FN void a8_fast_run(const a8_element_job& job, char* room, unsigned long long
   }
   Stage* stages = reinterpret_cast<Stage*>(room);
 #pragma unroll
-  for (int i = 0; i < A8_STAGES; ++i) {
+  for (int i = 0; i < Rule::kStages; ++i) {
     if (warp + i * kWarps < units) Rule::load(at, &stages[i]);
     a8_copies_commit();
     Rule::advance(&at, 1);
@@ -195,30 +178,23 @@ A8_FN void a8_fast_run(const a8_element_job& job, char* room, unsigned long long
   uint32_t number = 0;
 #pragma unroll 1
   for (uint32_t unit = warp; unit < units; unit += kWarps) {
-    a8_copies_wait<A8_STAGES - 1>();
-    Rule::step(job, at, at_element / 2, unit, unit + A8_STAGES * kWarps < units, &stages[number], left);
+    a8_copies_wait<Rule::kStages - 1>();
+    Rule::step(job, at, at_element / 2, unit, unit + Rule::kStages * kWarps < units, &stages[number], left);
     a8_copies_commit();
-    number ^= 1;
+    number = number + 1 == Rule::kStages ? 0 : number + 1;
     Rule::advance(&at, 1);
     at_element += kStride;
   }
 }
 
-// --- Which chunks the fast paths take, and the loop of their kernels. ---
+// --- Which stretches the fast paths take. ---
 
 #define A8_DTYPES(param, grad) ((param) * 4u + (grad))
-
-// Chunks from `chunk` on, at most `most`, that are one stretch: of one tensor, their pairs alike in the high 32 bits.
-A8_FN uint32_t a8_stretch(const a8_batch& batch, a8_chunk chunk, uint32_t most) {
-  const uint32_t kNoiseParts = (uint32_t)((1ull << 32) / (A8_CHUNK / 2));
-  uint32_t parts = min(most, batch.tensors[chunk.tensor].chunks - chunk.part);
-  return min(parts, kNoiseParts - chunk.part % kNoiseParts);
-}
 
 // Whether there is a fast path for these types, the arrays lie where wide loads need them, and the first moment is as it wants it.
 A8_FN bool a8_suits_lanes(const a8_tensor* t) {
   bool types = t->param_dtype == t->grad_dtype || (t->param_dtype == A8_BF16 && t->grad_dtype == A8_F32);
-  return types && t->first_format == A8_INT8 && t->first_block_size == A8_FAST_BLOCK && a8_aligned(t->param, 16) &&
+  return types && t->first_format == A8_INT8 && t->first_block_size == A8_USUAL_BLOCK && a8_aligned(t->param, 16) &&
          a8_aligned(t->grad, 16) && a8_aligned(t->first, 8);
 }
 
@@ -238,41 +214,10 @@ A8_FN void a8_fast_typed(const a8_element_job& job, char* room, unsigned long lo
 
 // Shared memory of a block of threads.
 template <bool kSecond>
-struct a8_stretch_room {
+struct a8_fast_stretch_room {
   union {
     a8_moment_room general;
     a8_fast_room<kSecond> fast;
   };
   unsigned long long left[A8_MAX_GROUP];  // units of each chunk that are the general path's
 };
-
-// Updates `group` chunks, 1 to A8_MAX_GROUP, by each block of threads. Larger groups start less often, smaller ones end
-// together; the bits are the same. scratch: of the rules that have norms; else not read.
-template <int KIND>
-A8_FN void a8_update_stretches(const a8_batch& batch, const float* scratch, uint32_t group,
-                               a8_stretch_room<KIND == A8_ADAM>* room) {
-  uint32_t index = blockIdx.x * group, end = min(batch.chunk_count, index + group);
-  while (index < end) {
-    // By every thread, and the index from one lane, which shows the compiler that all lanes agree: what follows from it
-    // then takes uniform registers, of which there are plenty.
-    a8_chunk chunk = batch.chunks[__shfl_sync(A8_LANE_MASK, index, 0)];
-    uint32_t parts = a8_stretch(batch, chunk, end - index);
-    const a8_tensor* t = batch.tensors + chunk.tensor;
-    const float* totals = a8_rule_has_norm(KIND) ? scratch + t->sum_at : nullptr;
-    a8_element_job job = a8_element_job_of<KIND>(t, batch.hypers + t->hyper, chunk.part, parts, totals);
-    bool fast = a8_fast_rule<KIND, A8_F32, A8_F32>::suits(job);
-    if (threadIdx.x < A8_MAX_GROUP) room->left[threadIdx.x] = fast ? 0 : A8_ALL_UNITS;
-    __syncthreads();
-    if (fast) {
-      a8_fast_typed<KIND>(job, room->fast.bytes, room->left);
-      a8_copies_wait<0>();  // none may land in what the general path writes
-      __syncthreads();
-    }
-    for (uint32_t part = 0; part < parts; ++part) {
-      unsigned long long units = room->left[part];
-      if (units) a8_element_general<KIND>(job, part, units, &room->general);
-    }
-    __syncthreads();
-    index += parts;
-  }
-}

@@ -49,6 +49,12 @@ A8_FN a8_element_job a8_part_of(a8_element_job job, uint32_t part) {
   return job;
 }
 
+// Notes a unit of the stretch for a8_element_general. By one thread. left: a bit a unit of each chunk.
+A8_FN void a8_leave_unit(unsigned long long* left, uint32_t unit) {
+  const uint32_t kUnits = A8_CHUNK / A8_UNIT;
+  atomicOr(&left[unit / kUnits], 1ull << unit % kUnits);
+}
+
 // Elements (e, e + 1) of a span.
 typedef struct a8_element_pair {
   float2 p, g;  // before, and as the moments see it
@@ -98,6 +104,7 @@ static __device__ __noinline__ void a8_element_general(const a8_element_job& str
   const bool kThird = A8_HAS_THIRD(KIND);
   bool noisy_write = (job.rule.flags & A8_STOCHASTIC_WRITE) && t->param_dtype != A8_F32;
   bool noisy_state = job.rule.flags & A8_STOCHASTIC_STATE;
+  __syncthreads();  // the room may be in use
   a8_share_levels(room->levels);
   for (uint32_t start = 0; start < job.count; start += A8_MAX_BLOCK) {
     a8_span span = a8_span_of(t, job.from + start, job.count - start, (uint32_t)(units >> (start / A8_UNIT)));

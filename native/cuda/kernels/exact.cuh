@@ -21,9 +21,10 @@ A8_FN float a8_rough_reciprocal_root(float x) {
   return y;
 }
 
-// sqrt(x) for x = 0 or 2^-100 <= x <= 2^100. The maximum keeps 0 * infinity away from x = 0.
+// sqrt(x) for 2^-100 <= x <= 2^100, and with kZero for x = 0 too: the maximum keeps 0 * infinity away.
+template <bool kZero>
 A8_FN float a8_exact_sqrt(float x) {
-  float y = a8_rough_reciprocal_root(fmaxf(x, A8_TWO_TO(-110)));
+  float y = a8_rough_reciprocal_root(kZero ? fmaxf(x, A8_TWO_TO(-110)) : x);
   float root = x * y;
   return __fmaf_rn(__fmaf_rn(-root, root, x), 0.5f * y, root);
 }

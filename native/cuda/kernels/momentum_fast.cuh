@@ -13,7 +13,7 @@ struct a8_fast_rule : a8_fast_lanes<kParam, kGrad, false> {
   static __device__ __forceinline__ bool suits(const a8_element_job& job) { return a8_suits_lanes(job.tensor); }
 
   // Updates a unit from `stage` and, when there is `more`, loads the stage anew. at: what to load; the unit itself is
-  // A8_STAGES strides behind. A unit that is not ordinary is only noted in `left`.
+  // kStages strides behind. A unit that is not ordinary is only noted in `left`.
   static __device__ __forceinline__ void step(const a8_element_job& job, const a8_fast_place& at, uint32_t pair,
                                               uint32_t unit, bool more, Stage* stage, unsigned long long* left) {
     const a8_rule& rule = job.rule;
@@ -43,12 +43,12 @@ struct a8_fast_rule : a8_fast_lanes<kParam, kGrad, false> {
     }
     uint32_t most_bits = a8_most_of_lanes(m);
     if (!__all_sync(A8_LANE_MASK, a8_is_ordinary_first(most_bits))) {
-      if (threadIdx.x % 32 == 0) Lanes::leave(left, unit);
+      if (threadIdx.x % 32 == 0) a8_leave_unit(left, unit);
       return;
     }
     float most = a8_float(most_bits);
     a8_fast_place to = at;
-    Lanes::advance(&to, -A8_STAGES);
+    Lanes::advance(&to, -Lanes::kStages);
     Lanes::store_param(job, to, pair, p);
     Lanes::store_first(to, m, most_bits == 0 ? 0.0f : a8_exact_div(A8_INT8_LEVELS, most));
     if ((threadIdx.x & 15u) == 0)

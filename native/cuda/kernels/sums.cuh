@@ -57,3 +57,48 @@ A8_FN void a8_add_squares(const a8_square_room* room, uint32_t count, float* acc
   for (uint32_t e = threadIdx.x; e < count; e += A8_LANES) *accumulator += room->squares[e];
   __syncthreads();
 }
+
+// --- A block's warps. ---
+
+#define A8_WARPS (A8_THREADS / 32)
+
+// From one lane, which shows the compiler that all lanes agree: what follows from it can take uniform registers.
+A8_FN uint32_t a8_warp_number() { return __shfl_sync(A8_LANE_MASK, threadIdx.x / 32u, 0); }
+
+A8_FN uint32_t a8_lane() { return threadIdx.x & 31u; }
+
+// --- Accumulators of a warp: lane l holds accumulators 8 * l .. 8 * l + 7. ---
+
+// One level of a fold over lanes that differ in `bit`, of 2 * kHalf sums at once: a lane keeps half of the sums and gives
+// the other half away, so that every level halves the work. The lane's bit becomes the top bit of the sum's number.
+template <int kHalf>
+A8_FN void a8_exchange(float* x, uint32_t bit) {
+  bool upper = threadIdx.x & bit;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    float keep = upper ? x[i + kHalf] : x[i];
+    float give = upper ? x[i] : x[i + kHalf];
+    x[i] = keep + __shfl_xor_sync(A8_LANE_MASK, give, bit);
+  }
+}
+
+A8_FN float a8_add_across(float x, uint32_t bit) { return x + __shfl_xor_sync(A8_LANE_MASK, x, bit); }
+
+// Folds the accumulators of one sum. Every lane gets it; x is lost.
+A8_FN float a8_fold_warp(float* x) {
+  a8_exchange<4>(x, 16);
+  a8_exchange<2>(x, 8);
+  a8_exchange<1>(x, 4);
+  float sum = a8_add_across(a8_add_across(x[0], 2), 1);
+  return a8_add_across(a8_add_across(a8_add_across(sum, 16), 8), 4);  // lane bits 4, 3, 2 are the accumulator's number
+}
+
+// Folds the accumulators of two sums, the second's at x[8]. Lane l gets sum l / 16; x is lost.
+A8_FN float a8_fold_two(float* x) {
+  a8_exchange<8>(x, 16);
+  a8_exchange<4>(x, 8);
+  a8_exchange<2>(x, 4);
+  a8_exchange<1>(x, 2);
+  float sum = a8_add_across(x[0], 1);
+  return a8_add_across(a8_add_across(a8_add_across(sum, 8), 4), 2);  // lane bits 3, 2, 1: the accumulator's number
+}

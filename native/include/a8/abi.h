@@ -219,9 +219,16 @@ typedef struct a8_chunk {
   uint32_t part;
 } a8_chunk;
 
+enum a8_batch_hint {
+  // Few elements have an int8 first and, if any, a log8 second moment, in blocks of A8_USUAL_BLOCK, and a gradient of the
+  // parameter's type or float32.
+  A8_OTHER_FORMATS = 1
+};
+
 // All tensors of a step on one device. chunks: every A8_CHUNK elements of every tensor; tiles: every
 // A8_TILE_ROWS x A8_TILE_COLS of every factored one, row tiles outermost. Both sorted by tensor, then part.
-// On a GPU every pointer here is a device address. skip: when not null and not 0 the step writes nothing.
+// On a GPU every pointer here is a device address. skip: when not null and not 0 the step writes nothing. hints: of
+// a8_batch_hint, what the host knows of the tables; any value gives the same bits.
 typedef struct a8_batch {
   const a8_tensor* tensors;
   const a8_chunk* chunks;
@@ -233,7 +240,7 @@ typedef struct a8_batch {
   uint32_t tile_count;
   uint32_t hyper_count;
   uint32_t rule;
-  uint32_t reserved;
+  uint32_t hints;
 } a8_batch;
 
 // One array to quantise or dequantise. values: [numel] of `dtype`; codes and blocks as in a8_tensor.

@@ -25,5 +25,8 @@
 #define A8_MIN_BLOCK 32
 #define A8_MAX_BLOCK 4096
 
+// The one that optimizers choose by default, for which there are faster kernels. Not part of the numerics.
+#define A8_USUAL_BLOCK 128
+
 // Threads of a block of every CUDA kernel. Not part of the numerics.
 #define A8_THREADS 256
