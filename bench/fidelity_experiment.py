@@ -41,37 +41,38 @@ class Follower:
 
     def __init__(self, candidate: Candidate, like: Sequence[Tensor]) -> None:
         self.parameters = [Parameter(one.detach().clone()) for one in like]
+        self.gradients = [torch.empty_like(one) for one in like]
         self.optimizer = candidate.build(self.parameters)
 
     def update(self, before: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         """One step from `before`. Returns its update as `counted_difference` does."""
-        for parameter, value, gradient in zip(self.parameters, before, gradients, strict=True):
-            parameter.data.copy_(value)
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, list(before))
             # A copy: an optimizer may use the gradient as scratch space, which the next one must not see.
-            parameter.grad = gradient.clone()
+            torch._foreach_copy_(self.gradients, list(gradients))
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
         self.optimizer.step()
         return counted_difference(self.parameters, before)
 
 
 def counted_difference(after: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
     """after - before of the tensors that count, float32 [elements of all of them]."""
-    counted = (pair for pair in zip(after, before, strict=True) if pair[0].numel() >= COUNTED_NUMEL)
-    return torch.cat([(a.detach() - b).flatten() for a, b in counted])
+    counted = [index for index, one in enumerate(after) if one.numel() >= COUNTED_NUMEL]
+    differences = torch._foreach_sub([after[index].detach() for index in counted], [before[index] for index in counted])
+    return torch.cat([one.flatten() for one in differences])
 
 
-def relative_error(update: Tensor, reference: Tensor) -> float:
-    """Norm of the difference over the norm of the reference, both float32 [n]; ValueError if that is not finite."""
+def relative_error(update: Tensor, reference: Tensor) -> Tensor:
+    """Norm of the difference over the norm of the reference, both float32 [n]. Returns float64 []."""
     norm = torch.linalg.vector_norm
-    error = (norm(update - reference, dtype=torch.float64) / norm(reference, dtype=torch.float64)).item()
-    if not math.isfinite(error):
-        raise ValueError("the update is not finite, or the reference's is zero")
-    return float(error)
+    return norm(update - reference, dtype=torch.float64) / norm(reference, dtype=torch.float64)
 
 
 class Experiment:
     """The fp32 run that makes the gradients, and everything that follows it.
 
-    config holds what the numbers depend on: family, only, seed, threads and the sizes of model and batch.
+    config holds what the numbers depend on: family, only, seed, device, threads and the sizes of model and batch.
     Raises CommandError if `only` names no candidate or no tensor of the model counts. Must not print.
     """
 
@@ -81,6 +82,7 @@ class Experiment:
             self.model = ByteTransformer(*(config[name] for name in ("width", "layers", "heads", "context", "seed")))
         except ValueError as error:
             raise CommandError(str(error)) from error
+        self.model.to(config["device"])
         self.parameters = list(self.model.parameters())
         self.driver = DRIVER.build(self.parameters)
         sizes = [one.numel() for one in self.parameters]
@@ -117,23 +119,30 @@ class Experiment:
         config = self.config
         self.driver.zero_grad(set_to_none=True)
         batch = batch_of_step(self.text, config["batch_size"], config["context"], config["seed"], self.step_count)
-        loss = next_byte_loss(self.model, batch)
+        loss = next_byte_loss(self.model, batch.to(config["device"]))
         loss.backward()
-        self.loss = loss.item()
-        if not math.isfinite(self.loss):
-            raise CommandError(f"the loss of the fp32 run is {self.loss} at step {self.step_count + 1}; it diverged")
         before = [one.detach().clone() for one in self.parameters]
         gradients = [one.grad for one in self.parameters if one.grad is not None]
         self.driver.step()
         updates = {DRIVER.name: counted_difference(self.parameters, before)}
+        measured: list[tuple[Row, Tensor]] = []
         for row in [one for one in self.rows if one.name in self.followers]:
             try:
                 if row.reference not in updates:
                     updates[row.reference] = self.references[row.reference].update(before, gradients)
                 update = self.followers[row.name].update(before, gradients)
-                row.errors.append(relative_error(update, updates[row.reference]))
+                measured.append((row, relative_error(update, updates[row.reference])))
             except Exception as error:
                 self._drop(row, error)
+        # Read together: a GPU waits for the CPU once a step, not once a row.
+        self.loss, *errors = torch.stack([loss.detach().double(), *(error for _, error in measured)]).tolist()
+        if not math.isfinite(self.loss):
+            raise CommandError(f"the loss of the fp32 run is {self.loss} at step {self.step_count + 1}; it diverged")
+        for (row, _), error in zip(measured, errors, strict=True):
+            if math.isfinite(error):
+                row.errors.append(error)
+            else:
+                self._drop(row, ValueError("the update is not finite, or the reference's is zero"))
         self.step_count += 1
 
     def save(self, path: Path) -> None:

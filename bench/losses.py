@@ -11,36 +11,39 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import shlex
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import script
 import torch
-from fidelity_families import FAMILIES, OPERATIONS, Candidate, chosen, reference_of
+from fidelity_families import Candidate, chosen, reference_of
 from torch.optim import Optimizer
 
-import a8multi
 from a8multi.cli import console
-from a8multi.cli.candidates import PEER_PACKAGES, is_installed
+from a8multi.cli.candidates import is_installed
 from a8multi.cli.console import CommandError, positive_int
 from a8multi.cli.data import Text, batch_of_step, load_text, validation_batches
 from a8multi.cli.optimizers import Choice, Parameters
-from a8multi.cli.system import versions
 from a8multi.cli.train import StopOnInterrupt
 from a8multi.cli.trainer import VALIDATION_SEQUENCES, Run, TrainConfig
 
 FORMAT = "a8multi-losses-1"
-CPU = torch.device("cpu")
 # A point of a curve is the mean of so many steps: single batches say little.
 CURVE_STEPS = 10
-# Of TrainConfig, what can be asked for here.
-SIZES = ("steps", "batch_size", "context", "warmup", "width", "layers", "heads")
+# Of TrainConfig, what can be asked for here, with its defaults.
+SIZES: dict[str, Any] = {
+    name: TrainConfig.__dataclass_fields__[name].default
+    for name in ("steps", "batch_size", "context", "warmup", "width", "layers", "heads")
+}
+# What a result must have been made with to go on from it. Of `seeds` it may have fewer, or more.
+FIXED = ("family", "only", "seed", *SIZES)
+# Likewise if there is something left to do; their defaults are the machine's.
+OF_THE_MACHINE = ("device", "threads")
 
 
 @dataclass
@@ -59,12 +62,12 @@ class Row:
 class Measurement:
     """Rows and seeds, done one after the other.
 
-    config holds what the numbers depend on: family, only, seeds, seed, threads, and the SIZES. Must not print.
+    config holds what the numbers depend on: FIXED, OF_THE_MACHINE and seeds. Must not print.
     """
 
-    def __init__(self, config: dict[str, Any], text: Text) -> None:
-        self.config, self.text = config, text
-        self.sizes = TrainConfig(threads=config["threads"], **{name: config[name] for name in SIZES})
+    def __init__(self, config: dict[str, Any], text: Text, command: str) -> None:
+        self.config, self.text, self.command = config, text, command
+        self.sizes = TrainConfig(**{name: config[name] for name in (*SIZES, *OF_THE_MACHINE)})
         self.candidates: dict[str, Candidate] = {}
         self.rows: list[Row] = []
         for candidate in chosen(config["family"], config["only"]):
@@ -89,14 +92,19 @@ class Measurement:
 
     def train(self, row: Row, seed: int, after_step: Callable[[float], bool]) -> None:
         """Trains one row with one seed. after_step gets every loss; False from it stops, and nothing is kept."""
-        sizes = replace(self.sizes, seed=seed)
+        sizes, device = replace(self.sizes, seed=seed), torch.device(self.config["device"])
         batches = validation_batches(self.text, sizes.batch_size, sizes.context, VALIDATION_SEQUENCES)
         try:
-            run = Run(row.name, _choice(self.candidates[row.name]), sizes, CPU, torch.float32)
+            run = Run(row.name, _choice(self.candidates[row.name]), sizes, device, torch.float32)
+            if device.type == "cuda":
+                # Launched one by one, the kernels of so small a model take several times as long to start as to run.
+                example = torch.zeros(sizes.batch_size, sizes.context, dtype=torch.int64, device=device)
+                run.model = torch.cuda.make_graphed_callables(run.model, (example,))
             for step in range(sizes.steps):
                 batch = batch_of_step(self.text, sizes.batch_size, sizes.context, seed, step)
                 if not after_step(run.train_step(batch, min(1.0, (step + 1) / (sizes.warmup + 1)))):
                     return
+            run.model.eval()  # changes nothing in this model, but a CUDA graph is for one size of batch only
             summary = run.summary(batches)
         except Exception as error:  # a peer may raise anything, and any may diverge: that must not spoil the other rows
             row.note = f"seed {seed}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -128,32 +136,50 @@ class Measurement:
             "within_one_standard_error": None if allowed is None else abs(difference) <= allowed,
         }
 
-    def document(self, command: str) -> dict[str, Any]:
-        components = ("python", "cpu", "torch", "numpy", "a8multi", *PEER_PACKAGES)
-        return {
-            "format": FORMAT,
-            "command": command,
-            "date": datetime.now(timezone.utc).date().isoformat(),
-            "versions": {name: version for name, version in versions().items() if name in components},
-            "backend": a8multi.backend_for("cpu", OPERATIONS[self.config["family"]]).name,
-            "config": self.config,
-            "text_digest": self.text.digest,
-            "rows": [asdict(row) | self.compare(row) for row in self.rows],
-        }
+    @cached_property
+    def _head(self) -> dict[str, Any]:
+        """Once: to ask for the versions of packages takes longer than many steps."""
+        return {"format": FORMAT} | script.head(self.config, self.text, self.command)
 
-    def load(self, path: Path) -> None:
-        """Takes over the runs of a document; CommandError if it was made with other options or another text."""
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            made_with = found["format"], found["config"], found["text_digest"]
-            rows = [Row(**{name: row[name] for name in Row.__dataclass_fields__}) for row in found["rows"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CommandError(f"--resume: {path} is no result of this script ({type(error).__name__})") from error
-        if made_with != (FORMAT, self.config, self.text.digest):
-            raise CommandError(f"--resume: {path} was made with other options ({made_with[1]}) or another text")
+    def document(self) -> dict[str, Any]:
+        return self._head | {"rows": [asdict(row) | self.compare(row) for row in self.rows]}
+
+    def take_over(self, found: dict[str, Any], path: Path) -> None:
+        """The runs of a document; CommandError if it was made with other options, another text or other packages."""
+        rows = [Row(**{name: row[name] for name in Row.__dataclass_fields__}) for row in found["rows"]]
+        for name in (*FIXED, *OF_THE_MACHINE):
+            if found["config"].get(name) != self.config[name]:
+                made_with = f"{name} {found['config'].get(name)!r} instead of {self.config[name]!r}"
+                raise CommandError(f"--resume: {path} was made with other options ({made_with})")
+        if found["text_digest"] != self.text.digest:
+            raise CommandError(f"--resume: {path} was made with another text")
         if [row.name for row in rows] != [row.name for row in self.rows]:
             raise CommandError(f"--resume: {path} was made with other packages installed")
+        self.config["seeds"] = max(self.config["seeds"], found["config"]["seeds"])
         self.rows = rows
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A document; CommandError if it is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != FORMAT:
+            raise ValueError(found["format"])
+        for row in found["rows"]:
+            Row(**{name: row[name] for name in Row.__dataclass_fields__})
+        return {**found, "config": dict(found["config"]), "text_digest": str(found["text_digest"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CommandError(f"--resume: {path} is no result of this script ({type(error).__name__})") from error
+
+
+def is_finished(found: dict[str, Any], args: argparse.Namespace, digest: str) -> bool:
+    """Whether a document has all that is asked for: then it need not have been made on this machine."""
+    config = found["config"]
+    as_asked = all(config.get(name) == getattr(args, name) for name in FIXED)
+    # The text that is not asked for is that of the Python of the other machine.
+    same_text = args.data is None or digest == found["text_digest"]
+    done = all(row["note"] or len(row["runs"]) >= args.seeds for row in found["rows"])
+    return as_asked and same_text and done
 
 
 def _choice(candidate: Candidate) -> Choice:
@@ -182,85 +208,75 @@ def table(result: dict[str, Any]) -> str:
         size = f"{row['runs'][0]['state_bytes_per_param']:.3f}" if row["runs"] else "-"
         cells.append([row["name"], *(number(row, name, form) for name, form in formats.items()), within, size])
     headers = ["candidate", "val loss", "s.e.", "to fp32", "s.e.", "within s.e. of fp32", "state B/param"]
-    notes = [f"{row['name']}: {row['note']}" for row in result["rows"] if row["note"]]
     legend = "Losses in nats a byte. s.e.: standard error of the mean over the seeds; to fp32: paired by seed."
-    return "\n".join([console.format_table(headers, cells), legend, *notes])
+    return script.table(headers, cells, result["rows"], legend)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Training loss, mean over the seeds with their spread (one standard deviation); below, the difference to fp32."""
     import numpy as np
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = FigureCanvasAgg(Figure(figsize=(10, 7.5), layout="constrained")).figure
-    (losses, differences), colors = figure.subplots(2, 1, sharex=True), colormaps["tab20"]
     curves = {row["name"]: np.array([run["curve"] for run in row["runs"]]) for row in result["rows"]}
 
-    def draw(axes: Any, values: Any, index: int, style: str, label: str | None) -> None:
+    def line(axes: Any, values: Any, color: Any, style: str, label: str | None) -> None:
         mean, spread = values.mean(0), values.std(0)
         steps = CURVE_STEPS * (np.arange(len(mean)) + 0.5)
-        axes.plot(steps, mean, style, color=colors(index % 20), linewidth=1.2, label=label)
-        axes.fill_between(steps, mean - spread, mean + spread, color=colors(index % 20), alpha=0.15, linewidth=0)
+        axes.plot(steps, mean, style, color=color, linewidth=1.2, label=label)
+        axes.fill_between(steps, mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0)
 
-    for index, row in enumerate(result["rows"]):
-        own, other = curves[row["name"]], curves.get(row["reference"] or "")
-        style = ":" if row["reference"] is None else "-" if row["name"].startswith("a8multi") else "--"
-        if len(own):
-            draw(losses, own, index, style, row["name"])
-        if other is not None and len(own) and len(own) == len(other):
-            draw(differences, own - other, index, style, None)
-    losses.set(ylabel="training loss, nats a byte")
-    differences.set(xlabel="step", ylabel="difference to the same rule in fp32")
-    differences.axhline(0, color="gray", linewidth=0.7)
-    for axes in (losses, differences):
-        axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=110)
+    def draw(panels: Any, color: Any) -> None:
+        losses, differences = panels
+        for index, row in enumerate(result["rows"]):
+            own, other = curves[row["name"]], curves.get(row["reference"] or "")
+            style = ":" if row["reference"] is None else "-" if row["name"].startswith("a8multi") else "--"
+            if len(own):
+                line(losses, own, color(index), style, row["name"])
+            if other is not None and len(own) and len(own) == len(other):
+                line(differences, own - other, color(index), style, None)
+        losses.set(ylabel="training loss, nats a byte")
+        differences.set(ylabel="difference to the same rule in fp32")
+        differences.axhline(0, color="gray", linewidth=0.7)
+
+    script.save_figure(path, 7.5, 2, draw)
 
 
 def parser() -> argparse.ArgumentParser:
-    made = console.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = script.parser(__doc__, SIZES)
     add = made.add_argument
-    add("--family", choices=list(FAMILIES), default="adamw", help="default adamw")
-    add("--only", metavar="NAME", nargs="+", help="candidates of these names; * stands for anything")
     add("--seeds", type=positive_int, default=3, help="how many; default 3")
     add("--seed", type=console.non_negative_int, default=0, help="the first of them; default 0")
-    add("--json", type=Path, metavar="FILE", help="also write every measurement, after each run")
-    add("--png", type=Path, metavar="FILE", help="also plot the losses by step")
     add(
-        "--resume", action="store_true", help="go on from the --json file if it exists; a run that was cut is made anew"
+        "--resume",
+        action="store_true",
+        help="go on from the --json file if it exists, written after each run; with more --seeds too",
     )
-    add("--data", metavar="PATH", help="text file or directory; default this Python's standard library")
-    add("--threads", type=positive_int, help="CPU threads; default torch's choice")
-    for name in SIZES:
-        default = TrainConfig.__dataclass_fields__[name].default
-        add(f"--{name.replace('_', '-')}", type=positive_int, default=default, help=f"default {default}")
     return made
 
 
-def _write(result: dict[str, Any], path: Path) -> None:
-    """An old file stays until the new one is whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
 def run(args: argparse.Namespace, command: str) -> int:
-    (tqdm,) = console.require_train_extra("tqdm", *(["matplotlib"] if args.png else []))[:1]
+    tqdm = script.prepare(args)
     if args.resume and not args.json:
         raise CommandError("--resume needs --json FILE, to go on from")
-    for path in filter(None, (args.json, args.png)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads or torch.get_num_threads())
-    names = ("family", "only", "seeds", "seed", "threads", *SIZES)
-    config = {name: getattr(args, name) for name in names} | {"threads": torch.get_num_threads()}
-    measurement = Measurement(config, load_text(args.data, args.context))
-    if args.resume and args.json.exists():
-        measurement.load(args.json)
+    text = load_text(args.data, args.context)
+    found = read(args.json) if args.resume and args.json.exists() else None
+    if found and is_finished(found, args, text.digest):
+        result, interrupted = found, False
+    else:
+        measurement = Measurement(script.settle(args, (*FIXED, "seeds")), text, command)
+        if found:
+            measurement.take_over(found, args.json)
+        interrupted = train_all(measurement, args.json, tqdm)
+        result = measurement.document()
+    print(table(result))
+    if args.png:
+        plot(result, args.png)
+    return script.exit_status(result, interrupted)
+
+
+def train_all(measurement: Measurement, path: Path | None, tqdm: Any) -> bool:
+    """Trains what is not done, and writes the document after each run. Returns whether Ctrl-C stopped it."""
     todo = measurement.todo()
-    with StopOnInterrupt() as stop, tqdm.tqdm(total=len(todo) * args.steps, unit="step") as bar:
+    with StopOnInterrupt() as stop, tqdm.tqdm(total=len(todo) * measurement.sizes.steps, unit="step") as bar:
 
         def after_step(loss: float) -> bool:
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -272,25 +288,14 @@ def run(args: argparse.Namespace, command: str) -> int:
                 continue
             bar.set_description(f"{row.name}, seed {seed}")
             measurement.train(row, seed, after_step)
-            if args.json:
-                _write(measurement.document(command), args.json)
-    result = measurement.document(command)
-    print(table(result))
-    if args.png:
-        plot(result, args.png)
-    if stop.requested:
-        return console.EXIT_INTERRUPTED
-    ours_failed = any(row.note for row in measurement.rows if row.name.startswith("a8multi "))
-    return console.EXIT_FAILED if ours_failed else console.EXIT_OK
+            if path:
+                script.write_json(measurement.document(), path)
+    return stop.requested
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measures. Exit status 0 done, 1 one of a8multi's own optimizers failed, 2 asked for wrongly, 130 Ctrl-C."""
-    try:
-        return run(parser().parse_args(arguments), shlex.join(["python", "bench/losses.py", *arguments]))
-    except CommandError as error:
-        print(f"losses: error: {error}", file=sys.stderr)
-        return console.EXIT_USAGE
+    """As script.main."""
+    return script.main("losses", parser(), run, arguments)
 
 
 if __name__ == "__main__":

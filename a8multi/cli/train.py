@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         config = _config(args)
     output: Path = args.output or _default_output(args.resume)
-    _make_reproducible(config)
+    make_reproducible(config)
     text = load_text(config.data, config.context)
     try:
         trainer = Trainer(config, text)
@@ -175,7 +175,7 @@ def _default_output(resume: Path | None) -> Path:
     return resume if resume.is_dir() else resume.parent
 
 
-def _make_reproducible(config: TrainConfig) -> None:
+def make_reproducible(config: TrainConfig) -> None:
     """Sets what the bits of a step depend on besides the config: the thread count and, on a GPU, the algorithms."""
     import torch
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from .conftest import require_cuda
+
 # Two of its tensors have 4096 elements or more: their state is quantised, and they are what is counted.
 TINY_MODEL = "--threads 1 --width 40 --layers 1 --heads 2 --context 16 --batch-size 4"
 TINY_COUNTED = 256 * 40 + 40 * 120 + 2 * 40 * 160
@@ -62,12 +64,12 @@ def test_json_is_complete(measure: Measure) -> None:
     _, result = measure("--steps", 3, "--report-at", 1, 3, "--only", "a8multi*")
     assert result["counted_parameter_count"] == TINY_COUNTED < result["parameter_count"]
     assert result["steps"] == 3
-    assert result["threads"] == 1
-    assert result["config"]["family"] == "adamw"
+    assert {"family": "adamw", "threads": 1, "device": "cpu"}.items() <= result["config"].items()
     assert result["command"].startswith("python bench/fidelity.py --data ")
     assert result["final_loss"] > 0
     assert {"python", "cpu", "torch", "a8multi", "bitsandbytes"} <= set(result["versions"])
-    assert {"date", "backend", "text_digest"} <= set(result)
+    assert {"date", "device", "text_digest"} <= set(result)
+    assert result["backend"] in {"cpu", "torch"}
     row = _rows(result)["a8multi AdamW8bit"]
     assert row["reference"] == "torch AdamW fp32"
     assert row["note"] is None
@@ -124,6 +126,21 @@ def test_reference_is_the_same_rule(measure: Measure, family: str) -> None:
         assert row["errors"]["1"] == 0, row
         quantised = row["name"] not in EXACT
         assert (1e-4 < row["errors"]["2"] < 0.4) if quantised else (row["errors"]["2"] == 0), row
+
+
+@pytest.mark.gpu
+def test_cuda(measure: Measure, tmp_path: Path) -> None:
+    require_cuda()
+    options = ["--device", "cuda", "--only", "a8multi*", "--report-at", 1, 6, "--resume", tmp_path / "checkpoint.pt"]
+    measure(*options, "--steps", 3)
+    status, result = measure(*options)
+    rows = _rows(result)
+    assert status == 0
+    assert result["config"]["device"] == "cuda:0"
+    assert result["backend"] == "cuda"
+    assert result["versions"]["torch built with CUDA"]
+    assert rows["a8multi AdamW8bit, m and v fp32"]["worst"]["error"] < 1e-4
+    assert 1e-4 < rows["a8multi AdamW8bit"]["errors"]["6"] < 0.1
 
 
 def test_plot(measure: Measure, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from .conftest import require_cuda
+
 TINY = "--threads 1 --width 40 --layers 1 --heads 2 --context 16 --batch-size 4 --warmup 1"
 
 Result = dict[str, Any]
@@ -96,6 +98,53 @@ def test_resume_makes_what_is_missing(measure: Measure, tmp_path: Path, capsys: 
     (tmp_path / "losses.json").write_text('{"rows": []}')
     assert measure(*options, "--resume")[0] == 2
     assert "no result of this script" in capsys.readouterr().err
+
+
+def test_more_seeds_go_on(measure: Measure) -> None:
+    options = ["--only", "a8multi AdamW8bit", "--steps", 1, "--resume"]
+    _, two = measure(*options, "--seeds", 2)
+    _, ten = measure(*options, "--seeds", 10)
+    assert ten["config"]["seeds"] == 10
+    for before, after in zip(two["rows"], ten["rows"], strict=True):
+        assert [run["seed"] for run in after["runs"]] == list(range(10))
+        assert after["runs"][:2] == before["runs"]
+    assert measure(*options, "--seeds", 3)[1] == ten
+
+
+def test_finished_result_is_plotted_anywhere(
+    measure: Measure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / "losses.png"
+    options = ["--only", "a8multi AdamW8bit", "--steps", 1, "--seeds", 1]
+    _, result = measure(*options)
+    result |= {"config": result["config"] | {"device": "cuda:99", "threads": 99}}
+    (tmp_path / "losses.json").write_text(json.dumps(result))
+    assert measure(*options, "--resume", "--device", "cuda:99", "--png", plot) == (0, result)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    # What is missing must be made as the rest was.
+    assert measure(*options, "--resume", "--seeds", 2)[0] == 2
+    assert "device 'cuda:99' instead of 'cpu'" in capsys.readouterr().err
+    assert measure(*options, "--resume", "--seeds", 2, "--device", "cuda:99")[0] == 2
+    assert "cannot use --device cuda:99" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+# Known of captured modules: gradients are handed over on the stream of the capture, which costs time only.
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
+def test_cuda(measure: Measure) -> None:
+    require_cuda()
+    names = ("a8multi AdamW8bit", "a8multi AdamW8bit, m and v fp32")
+    status, result = measure("--device", "cuda", "--steps", 25, "--seeds", 2, "--only", *names)
+    assert status == 0
+    assert result["config"]["device"] == "cuda:0"
+    assert result["backend"] == "cuda"
+    _, ours, same = result["rows"]
+    assert all(run["validation_loss"] < 4.5 < 5 < run["curve"][0] for run in ours["runs"])
+    assert abs(same["difference"]) < 1e-3
+    # The steps of a captured model train it as on the CPU.
+    _, on_cpu = measure("--steps", 25, "--seeds", 2, "--only", *names)
+    assert [row["mean"] for row in result["rows"]] == pytest.approx([row["mean"] for row in on_cpu["rows"]], abs=5e-3)
 
 
 def test_failures_are_rows(measure: Measure, script: Callable[[str], ModuleType], monkeypatch: Any) -> None:
