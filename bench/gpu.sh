@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds for this machine's GPU, checks everything that needs one and times it beside the peers that are installed.
-# From anywhere: bash bench/gpu.sh [STAGE...], of: exact bits tests sanitize kernels bench; all of them by default.
+# From anywhere: bash bench/gpu.sh [STAGE...], of: exact bits tests sanitize steps bench; all of them by default.
 # Needs nvcc, cmake, ninja, scikit-build-core, and torch with CUDA; cupy and compute-sanitizer where they are to be tried too.
 # A8_BUILD: where to build (default build/gpu). OUT: where results go (default the same). PYTHON: the interpreter with torch.
 set -euo pipefail
@@ -10,7 +10,7 @@ python=${PYTHON:-python3}
 mkdir -p "${A8_BUILD:-build/gpu}" "${OUT:=${A8_BUILD:-build/gpu}}"
 build=$(cd "${A8_BUILD:-build/gpu}" && pwd) out=$(cd "$OUT" && pwd)
 architecture=${A8_ARCHITECTURE:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)}
-stages=${*:-exact bits tests sanitize kernels bench}
+stages=${*:-exact bits tests sanitize steps bench}
 
 # The wheel's contents in a folder, so that what is tested is what a user gets.
 rm -rf "$build/site"
@@ -31,7 +31,7 @@ for stage in $stages; do
       ./gpu_exact
       ;;
     bits) # the libraries beneath the optimizers, hundreds of odd tensors at once
-      "$python" "$root/bench/gpu_check.py" "${libraries[@]}" --steps 100 --no-timing
+      "$python" "$root/bench/gpu_check.py" "${libraries[@]}" --steps 100
       ;;
     tests) # every optimizer through the package, both backends
       backends=cuda
@@ -46,8 +46,8 @@ for stage in $stages; do
         compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" "$root/bench/gpu_short.py"
       done
       ;;
-    kernels) # kernel times of the two libraries' entries
-      "$python" "$root/bench/gpu_check.py" --cuda "${libraries[3]}" --json "$out/kernels.json"
+    steps) # what a step costs: kernels, host, first step, memory
+      "$python" "$root/bench/gpu_steps.py" --json "$out/steps.json"
       ;;
     bench) # a whole step through the package, beside the peers
       for set in tinyllama-1.1b/bf16 tinyllama-1.1b/fp32 lora-r16-7b/bf16 vit-s/fp32; do

@@ -1,10 +1,8 @@
-"""Adafactor on the CUDA library: its bytes beside the CPU library's, and its time. Part of gpu_check.py."""
+"""Adafactor on the CUDA library: its bytes beside the CPU library's. Part of gpu_check.py."""
 
 from __future__ import annotations
 
 import itertools
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,11 +13,9 @@ from gpu_common import (
     FORMATS,
     TORCH,
     Library,
-    Shape,
     differences,
     float_type,
     gradient,
-    median_ms,
     moment_bytes,
     random_params,
 )
@@ -222,54 +218,3 @@ def check(cpu: Library, cuda: Library, steps: int, todo: list[Case] | None = Non
     elements = sum(case.numel for case in todo)
     print(f"adafactor: {len(todo)} tensors, {elements} elements, {steps} steps: {wrong} arrays differ", flush=True)
     return wrong
-
-
-def timed_case(shape: Shape, dtype: Dtype, second: str, first: str) -> Case:
-    """The state that Adafactor8bit chooses for a parameter."""
-    n = math.prod(shape)
-    if n < 4096:
-        first = "none" if first == "none" else "f32"
-    if len(shape) == 2 and second == "factored":
-        return Case(n, shape[0], dtype, dtype, first)
-    return Case(n, 0, dtype, dtype, first, "log8" if n >= 4096 else "f32")
-
-
-def time_set(name: str, shapes: list[Shape], dtype: Dtype, cuda: Library, bandwidth: float, repeats: int) -> list[dict]:
-    """One row a variant. floor_ms: every gradient read three times (twice when full), all else once."""
-    sizes = [math.prod(shape) for shape in shapes]
-    flat_p = (torch.randn(sum(sizes), device="cuda") * 0.02).to(TORCH[dtype])
-    flat_g = (torch.randn(sum(sizes), device="cuda") * 1e-3).to(TORCH[dtype])
-    rows = []
-    for variant, second, first in (("factored", "factored", "none"), ("factored+nf4", "factored", "nf4"),
-                                   ("factored+int8", "factored", "int8"), ("full", "log8", "none"),
-                                   ("full+int8", "log8", "int8")):  # fmt: skip
-        todo = [timed_case(shape, dtype, second, first) for shape in shapes]
-        moved = 0
-        for case in todo:
-            size = case.sizes()
-            state = size["first"] + size["first_block"]
-            state += 0 if case.rows else size["second"] + size["second_block"]
-            moved += size["grad"] * (3 if case.rows else 2) + 2 * size["param"] + 3 * state
-        row: dict = {"set": name, "rule": variant, "dtype": dtype.name, "tensors": len(sizes), "params": sum(sizes)}
-        row["floor_ms"] = moved / bandwidth * 1e3
-        run = Run(cuda, todo, list(flat_p.split(sizes)), 0, True)
-        run.load(flat_g.split(sizes))
-        noise = Flag.STOCHASTIC_STATE | Flag.SCALE_PARAMETER
-        for flags, label in ((noise, "ms"), (noise | Flag.STOCHASTIC_WRITE, "write_ms")):
-            if flags & Flag.STOCHASTIC_WRITE and dtype is Dtype.F32:
-                continue
-            run.step(run.batch([hyper(100, flags=flags)], known=False))
-            batch = run.batch([hyper(100, flags=flags)], known=True)
-            row[label] = median_ms(lambda run=run, batch=batch: run.step(batch), repeats)
-        for phase in (Phase.REDUCE, Phase.MOMENTS, Phase.NORM, Phase.APPLY):
-            row[f"{phase.name.lower()}_ms"] = median_ms(
-                lambda run=run, batch=batch, phase=phase: run.step(batch, (phase,)), max(repeats // 3, 5)
-            )
-        start = time.perf_counter()
-        for _ in range(20):
-            run.step(batch)
-        row["host_ms"] = (time.perf_counter() - start) / 20 * 1e3
-        torch.cuda.synchronize()
-        rows.append(row)
-        del run, batch
-    return rows

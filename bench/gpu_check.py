@@ -1,4 +1,4 @@
-"""Compares the CUDA library with the CPU library byte for byte, and times a step against torch and a plain copy.
+"""Compares the CUDA library with the CPU library byte for byte, beneath the optimizers.
 
 Receives paths of both libraries; exits non-zero when a byte differs. Run by bench/gpu.sh, which builds them.
 """
@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import math
 import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import gpu_adafactor
 import torch
@@ -20,15 +16,11 @@ from gpu_common import (
     ARRAYS,
     CHUNK,
     FORMATS,
-    SETS,
     TORCH,
     Library,
-    Shape,
-    copy_bandwidth,
     differences,
     float_type,
     gradient,
-    median_ms,
     moment_bytes,
     random_params,
 )
@@ -230,88 +222,23 @@ def check_large(cuda: Library) -> int:
     return int(wrong)
 
 
-def time_set(
-    name: str, shapes: list[Shape], dtype: Dtype, libraries: list[Library], bandwidth: float, repeats: int
-) -> dict:
-    sizes = [math.prod(shape) for shape in shapes]
-
-    def case(n: int) -> Case:
-        quantised = n >= 4096
-        return Case(n, dtype, dtype, "int8" if quantised else "f32", "log8" if quantised else "f32")
-
-    todo = [case(n) for n in sizes]
-    total = sum(sizes)
-    row: dict = {"set": name, "rule": "adamw", "dtype": dtype.name, "tensors": len(sizes), "params": total}
-    moved = sum(2 * sum(c.sizes().values()) - c.sizes()["grad"] for c in todo)
-    row["bytes_per_param"] = moved / total
-    row["floor_ms"] = moved / bandwidth * 1e3
-    flat_p = (torch.randn(total, device="cuda") * 0.02).to(TORCH[dtype])
-    flat_g = (torch.randn(total, device="cuda") * 1e-3).to(TORCH[dtype])
-    for library in libraries:
-        run = Run(library, todo, list(flat_p.split(sizes)))
-        for arrays, grad in zip(run.arrays, flat_g.split(sizes), strict=True):
-            arrays["grad"].copy_(grad.view(torch.uint8))
-        for flags, label in ((Flag.STOCHASTIC_STATE, ""), (Flag.STOCHASTIC_STATE | Flag.STOCHASTIC_WRITE, " write")):
-            if label and dtype is Dtype.F32:
-                continue
-            batch = run.batch([hyper(100, flags=flags)])
-            step = ("a8_elementwise", batch, int(Phase.ALL_PHASES))
-            ms = median_ms(lambda step=step, library=library: library.run(*step), repeats)
-            row[Path(library.path).stem.removeprefix("liba8multi_") + label] = ms
-        start = time.perf_counter()
-        for _ in range(20):
-            library.run("a8_elementwise", batch, int(Phase.ALL_PHASES))
-        row["host_ms"] = (time.perf_counter() - start) / 20 * 1e3
-        torch.cuda.synchronize()
-        del run, arrays
-    params = [torch.nn.Parameter(p.clone()) for p in flat_p.split(sizes)]
-    for p, g in zip(params, flat_g.split(sizes), strict=True):
-        p.grad = g.clone()
-    optimizer = torch.optim.AdamW(params, fused=True)
-    row["torch_fused"] = median_ms(optimizer.step, max(repeats // 2, 5))
-    return row
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cpu", help="liba8multi_cpu to compare with; without it nothing is compared")
-    parser.add_argument("--cuda", nargs="+", required=True, help="liba8multi_cuda; further ones are only timed")
+    parser.add_argument("--cpu", required=True, help="liba8multi_cpu")
+    parser.add_argument("--cuda", required=True, help="liba8multi_cuda")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--repeats", type=int, default=25)
-    parser.add_argument("--only", default="", help="time the sets whose name and type contain this, as in vit-s/F32")
-    parser.add_argument("--rule", choices=("adamw", "adafactor"), help="check and time this one only")
-    parser.add_argument("--no-timing", action="store_true")
-    parser.add_argument("--json", help="where to write the timings")
+    parser.add_argument("--rule", choices=("adamw", "adafactor"), help="check this one only")
     options = parser.parse_args()
-    libraries = [Library(path, "cuda:0") for path in options.cuda]
-    info = libraries[0].info
-    built = f"library {info.version.decode()} for {info.architectures.decode()}"
+    cpu, cuda = Library(options.cpu, "cpu"), Library(options.cuda, "cuda:0")
+    built = f"library {cuda.info.version.decode()} for {cuda.info.architectures.decode()}"
     print(torch.cuda.get_device_name(0), "torch", torch.__version__, built)
     wrong = 0
-    if options.cpu:
-        cpu = Library(options.cpu, "cpu")
-        if options.rule != "adafactor":
-            wrong += check_codec(cpu, libraries[0])
-            wrong += check_adam(cpu, libraries[0], options.steps)
-            wrong += check_large(libraries[0])
-        if options.rule != "adamw":
-            wrong += gpu_adafactor.check(cpu, libraries[0], options.steps)
-    if not options.no_timing:
-        bandwidth = copy_bandwidth()
-        print(f"copy {bandwidth / 1e12:.3f} TB/s")
-        rows: list[dict] = []
-        for name, shapes, dtype in SETS:
-            if options.only not in f"{name}/{dtype.name}":
-                continue
-            found = len(rows)
-            if options.rule != "adafactor":
-                rows.append(time_set(name, shapes, dtype, libraries, bandwidth, options.repeats))
-            if options.rule != "adamw":
-                rows += gpu_adafactor.time_set(name, shapes, dtype, libraries[0], bandwidth, options.repeats)
-            for row in rows[found:]:
-                print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else str(v) for k, v in row.items()), flush=True)
-        if options.json:
-            Path(options.json).write_text(json.dumps({"copy": bandwidth, "rows": rows}, indent=1))
+    if options.rule != "adafactor":
+        wrong += check_codec(cpu, cuda)
+        wrong += check_adam(cpu, cuda, options.steps)
+        wrong += check_large(cuda)
+    if options.rule != "adamw":
+        wrong += gpu_adafactor.check(cpu, cuda, options.steps)
     return 1 if wrong else 0
 
 

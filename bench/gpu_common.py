@@ -1,10 +1,9 @@
-"""What the checks and timings on a GPU share: the libraries, the parameter sets, gradients, comparison of bytes."""
+"""What the checks on a GPU share: the libraries, gradients, comparison of bytes."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import statistics
 import sys
 from pathlib import Path
 
@@ -18,7 +17,6 @@ TORCH = {Dtype.F32: torch.float32, Dtype.BF16: torch.bfloat16, Dtype.F16: torch.
 FORMATS = {"none": Format.NONE, "f32": Format.STATE_F32, "bf16": Format.STATE_BF16, "int8": Format.INT8}
 FORMATS |= {"nf4": Format.NF4, "log8": Format.LOG8, "factored": Format.FACTORED}
 ARRAYS = ("param", "first", "first_block", "second", "second_block")
-Shape = tuple[int, ...]
 
 
 class Library:
@@ -96,43 +94,3 @@ def float_type(name: str, param: Dtype, first: str, second: str) -> torch.dtype 
     if name == "second_block":
         return torch.float32 if second == "factored" else None
     return TORCH[param] if name == "param" else torch.float32
-
-
-def tinyllama() -> list[Shape]:
-    layer: list[Shape] = [(2048, 2048), (256, 2048), (256, 2048), (2048, 2048), (5632, 2048), (5632, 2048)]
-    layer += [(2048, 5632), (2048,), (2048,)]
-    return [(32000, 2048), *layer * 22, (2048,), (32000, 2048)]
-
-
-def lora() -> list[Shape]:
-    return [(16, 4096), (4096, 16)] * (32 * 7)
-
-
-def vit_s() -> list[Shape]:
-    layer: list[Shape] = [(1152, 384), (1152,), (384, 384), (384,), (1536, 384), (1536,), (384, 1536), *[(384,)] * 5]
-    return [(384, 768), (197, 384), (384,), *layer * 12, (1000, 384), (1000,)]
-
-
-SETS = [("tinyllama-1.1b", tinyllama(), Dtype.BF16), ("tinyllama-1.1b", tinyllama(), Dtype.F32),
-        ("lora-r16-7b", lora(), Dtype.BF16), ("vit-s", vit_s(), Dtype.F32)]  # fmt: skip
-
-
-def median_ms(call, repeats: int) -> float:
-    for _ in range(4):
-        call()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        times.append((start, end))
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in times)
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a plain copy of 4 GiB."""
-    a = torch.randint(0, 255, (2**32,), dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    return 2 * a.numel() / median_ms(lambda: b.copy_(a), 15) * 1e3

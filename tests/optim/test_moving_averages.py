@@ -199,7 +199,7 @@ def test_averages_are_not_kept_in_the_parameter_type(backend: Any, dtype: torch.
         pytest.param(a8multi.AdamW8bit, 2.10, id="adamw"),
         pytest.param(lambda params: a8multi.Adafactor8bit(params, beta1=0.9), 0.60, id="adafactor nf4"),
         pytest.param(a8multi.Adafactor8bit, 0.01, id="adafactor"),
-        pytest.param(lambda params: a8multi.Adafactor8bit(params, factored=False), 1.01, id="adafactor full"),
+        pytest.param(lambda params: a8multi.Adafactor8bit(params, factored=False), 1.04, id="adafactor full"),
     ],
 )
 def test_bytes_of_state(make: Any, most: float) -> None:
