@@ -39,9 +39,10 @@ for stage in $stages; do
       workers=()
       has xdist && workers=(-n "${A8_WORKERS:-8}" -p no:benchmark)
       A8MULTI_REQUIRE_BACKEND=$backends "$python" -m pytest -c "$root/pyproject.toml" -p no:cacheprovider -q -m gpu \
-        "${workers[@]}" "$root/tests/quant" "$root/tests/optim" "$root/tests/backend" | tail -n 30
+        "${workers[@]}" "$root/tests/quant" "$root/tests/optim" "$root/tests/backend" "$root/tests/bench" | tail -n 30
       ;;
     sanitize)
+      command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here"; continue; }
       for tool in memcheck racecheck initcheck; do
         compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" "$root/bench/gpu_short.py"
       done

@@ -25,7 +25,7 @@ from gpu_common import (
     random_params,
 )
 
-from loader.structs import Batch, Chunk, Codec, Dtype, Flag, Format, Hyper, Phase, Tensor
+from loader.structs import Batch, BatchHint, Chunk, Codec, Dtype, Flag, Format, Hyper, Phase, Tensor
 
 
 @dataclass
@@ -61,10 +61,10 @@ class Case:
 
 
 class Run:
-    """The tensors of some cases in one library's memory, with the tables of a step."""
+    """The tensors of some cases in one library's memory, with the tables of a step. hints: of its batches."""
 
-    def __init__(self, library: Library, cases: list[Case], params: list[torch.Tensor]) -> None:
-        self.library, self.cases = library, cases
+    def __init__(self, library: Library, cases: list[Case], params: list[torch.Tensor], hints: int) -> None:
+        self.library, self.cases, self.hints = library, cases, hints
         self.arrays: list[dict[str, torch.Tensor]] = []
         for case, param in zip(cases, params, strict=True):
             arrays = {}
@@ -98,6 +98,7 @@ class Run:
             tensor_count=len(self.cases),
             chunk_count=self.chunk_count,
             hyper_count=len(hypers),
+            hints=self.hints,
         )
 
     def step(self, hypers: list[Hyper], grads: list[torch.Tensor]) -> None:
@@ -155,14 +156,18 @@ def check_adam(cpu: Library, cuda: Library, steps: int) -> int:
     generator = torch.Generator().manual_seed(0)
     todo = cases()
     params = random_params([case.numel for case in todo], [case.param for case in todo], generator)
-    runs = [Run(library, todo, params) for library in (cpu, cuda)]
+    # Each hint chooses another kernel.
+    runs = [
+        Run(library, todo, params, hints) for library, hints in ((cpu, 0), (cuda, 0), (cuda, BatchHint.OTHER_FORMATS))
+    ]
     for step in range(1, steps + 1):
         grads = [gradient(case.numel, case.grad, case.scale, generator, step) for case in todo]
         for run in runs:
             run.step(hypers_of(step), grads)
         torch.cuda.synchronize()
     wrong = 0
-    for case, a, b in zip(todo, runs[0].arrays, runs[1].arrays, strict=True):
+    pairs = [pair for run in runs[1:] for pair in zip(todo, runs[0].arrays, run.arrays, strict=True)]
+    for case, a, b in pairs:
         for name in ARRAYS:
             count = differences(a[name], b[name].cpu(), float_type(name, case.param, case.first, case.second))
             if count:

@@ -1,11 +1,11 @@
 // Compares native/cuda/kernels/exact.cuh with the compiler's correctly rounded operations on this device: square root,
-// its reciprocal, reciprocal and division by 127 for every float of their ranges, division for 2^33 random pairs. Run by bench/gpu.sh.
+// its reciprocal, reciprocals and division by 127 for every float of their ranges, division for 2^33 random pairs. Run by bench/gpu.sh.
 #include <cstdio>
 
 #include "adam_fast.cuh"
 
-enum Operation { kSqrt, kReciprocalRoot, kReciprocal, kDiv127, kDiv, kOperations };
-static const char* const kNames[] = {"sqrt", "1 / sqrt", "1 / step", "a / 127", "a / b"};
+enum Operation { kSqrt, kReciprocalRoot, kReciprocal, kReciprocalOfAny, kDiv127, kDiv, kOperations };
+static const char* const kNames[] = {"sqrt", "1 / sqrt", "1 / step", "1 / a", "a / 127", "a / b"};
 
 __device__ bool same(int operation, unsigned long long i) {
   switch (operation) {
@@ -21,6 +21,10 @@ __device__ bool same(int operation, unsigned long long i) {
     case kReciprocal: {
       float step = (float)(i + 1);
       return a8_bits(a8_exact_reciprocal(step)) == a8_bits(a8_div(1.0f, step));
+    }
+    case kReciprocalOfAny: {
+      float a = a8_float((uint32_t)i + (27u << 23));
+      return !a8_has_exact_reciprocal(a8_bits(a)) || a8_bits(a8_exact_reciprocal(a)) == a8_bits(a8_div(1.0f, a));
     }
     case kDiv127: {
       float a = a8_float((uint32_t)i + (27u << 23));
@@ -47,7 +51,7 @@ __global__ void compare(int operation, unsigned long long count, unsigned long l
 }
 
 int main() {
-  const unsigned long long counts[] = {200ull << 23, 200ull << 23, 1ull << 23, 200ull << 23, 1ull << 33};
+  const unsigned long long counts[] = {200ull << 23, 200ull << 23, 1ull << 23, 200ull << 23, 200ull << 23, 1ull << 33};
   unsigned long long *wrong, host[kOperations];
   if (cudaMalloc(&wrong, sizeof host) != cudaSuccess || cudaMemset(wrong, 0, sizeof host) != cudaSuccess) return 2;
   for (int operation = 0; operation < kOperations; ++operation)

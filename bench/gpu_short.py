@@ -23,6 +23,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *[("AdamW8bit", {"first_moment": f, "second_moment": s}) for f, s in product(FIRST, ("log8", "fp32"))],
     ("AdamW8bit", {"skip_nonfinite": True}),
     ("Lion8bit", {}),
+    ("Lion8bit", {"first_moment": "nf4"}),
+    ("SGD8bit", {"momentum": 0.9, "first_moment": "nf4"}),
+    ("LARS8bit", {"momentum": 0.9, "first_moment": "nf4"}),
     ("RMSprop8bit", {}),
     ("RMSprop8bit", {"momentum": 0.9, "centered": True}),
     ("SGD8bit", {}),
@@ -53,7 +56,7 @@ def params_of(dtype: torch.dtype, skew: int) -> list[torch.nn.Parameter]:
 
 
 def main() -> None:
-    for (name, options), (dtype, skew) in product(CASES, ((torch.float32, 1), (torch.bfloat16, 0))):
+    for (name, options), (dtype, skew) in product(CASES, ((torch.float32, 1), (torch.float32, 0), (torch.bfloat16, 0))):
         params = params_of(dtype, skew)
         if name == "APOLLO8bit":
             params = [param for param in params if param.ndim == 2]

@@ -31,7 +31,7 @@ from a8multi.cli.system import versions
 
 SETS = ("tinyllama-1.1b/bf16", "tinyllama-1.1b/fp32", "lora-r16-7b/bf16", "vit-s/fp32")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-WAIT_CYCLES = 40_000_000  # some 20 ms: longer than the host takes for QUEUED steps
+WAIT_CYCLES = 100_000_000  # some 50 ms: longer than the host takes for QUEUED steps
 QUEUED, REPEATS = 3, 9
 
 

@@ -179,7 +179,8 @@ def is_finished(found: dict[str, Any], args: argparse.Namespace, digest: str) ->
     # The text that is not asked for is that of the Python of the other machine.
     same_text = args.data is None or digest == found["text_digest"]
     done = all(row["note"] or len(row["runs"]) >= args.seeds for row in found["rows"])
-    return as_asked and same_text and done
+    whole = {one.name for one in chosen(args.family, args.only)} <= {row["name"] for row in found["rows"]}
+    return as_asked and same_text and done and whole
 
 
 def _choice(candidate: Candidate) -> Choice:

@@ -39,6 +39,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
     _op: ClassVar[str]
     _rule: ClassVar[RuleKind] = RuleKind.ADAM
     _format_options: ClassVar[tuple[str, ...]]
+    # Other options that plans are made of: they are made anew when one changes.
+    _plan_options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, params: Iterable[Any], defaults: Group) -> None:
         super().__init__(params, {"skip_nonfinite": False, **defaults})
@@ -186,7 +188,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
         """Parameters with gradients by device, all checked and with their states: the next thing is to update them."""
         # torch adds defaults of its own when a state is loaded, which groups do not have.
         options = [name for name in self.defaults if all(name in group for group in self.param_groups)]
-        formats = [name for name in options if name in (*self._format_options, *_OF_THE_RUN, *_OF_MOMENTS)]
+        kept = {*self._format_options, *self._plan_options, *_OF_THE_RUN, *_OF_MOMENTS}
+        formats = [name for name in options if name in kept]
         roster = Roster(self, [name for name in options if name not in ("lr", *formats)], formats)
         if len({bool(group["skip_nonfinite"]) for group in self.param_groups}) > 1:
             raise ValueError("skip_nonfinite must be the same in all groups: a step is skipped as a whole")

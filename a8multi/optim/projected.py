@@ -28,6 +28,9 @@ _NO_BOUND = 1e-38
 class ProjectedOptimizer(LowBitOptimizer):
     """Base of Adafactor8bit: what concerns the group options ``apollo_*``."""
 
+    # A Projector's.
+    _plan_options = ("seed", "apollo_scale", "apollo_scale_type", "apollo_update_proj_gap")
+
     def _check_apollo(self, group: Group) -> None:
         for name, least in (("apollo_rank", 0), ("apollo_update_proj_gap", 1)):
             if not isinstance(group[name], int) or isinstance(group[name], bool) or group[name] < least:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from a8multi.backend.base import Backend
 from a8multi.backend.torch_formats import noise_halves, noise_key
-from a8multi.loader.structs import RuleKind
+from a8multi.loader.structs import BatchHint, RuleKind
 from a8multi.plan import Item, Live, Moments, MomentSpec, StepPlan
 from a8multi.plan.step_plan import HYPER
 
@@ -258,6 +258,7 @@ class _Wave:
                 if kind == "adafactor":
                     chosen = [replace(item, rows=item.param.shape[0], cols=item.param.shape[1]) for item in chosen]
                 plan = StepPlan(device, chosen, rule=rule)
+                plan.hints = BatchHint.OTHER_FORMATS  # a negative lr is outside of the fast path's range
                 plan.grads = [self._low[i] for i in members]
                 self._adam.append(("adafactor" if kind == "adafactor" else "elementwise", plan))
 

@@ -170,12 +170,13 @@ class StepPlan:
 
 
 def _is_usual(item: Item) -> bool:
-    """Whether types and formats are those of most steps: such items have kernels of their own."""
+    """Whether moments, formats and types are those of most steps, for which there are kernels."""
     types = item.param.dtype, item.grad_dtype
     block = geometry()["A8_USUAL_BLOCK"]
     stored = (item.moments.first, structs.Format.INT8), (item.moments.second, structs.Format.LOG8)
     formats = all(spec is None or (spec.code == fmt and spec.block_size == block) for spec, fmt in stored)
-    return formats and (types[0] == types[1] or types == (torch.bfloat16, torch.float32))
+    typed = types[0] == types[1] or types == (torch.bfloat16, torch.float32)
+    return item.moments.first is not None and formats and typed
 
 
 def _fill_moment(

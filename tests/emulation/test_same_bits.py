@@ -47,7 +47,7 @@ VARIANTS = {
     "sm_75 by phases": Variant(750, 0, 1, True, _USUAL),
     "sm_90 shuffled in groups": Variant(900, 6, 0, False, _OTHER),
     "sm_90 usual formats": Variant(900, 6, 0, False, _USUAL, ("adam", "lion", "sgd", "lars")),
-    # The kernels of the others have no asynchronous copies, but for those that they share with these.
+    # Of the others sm_75 shows the same: it copies at once.
     "sm_90 copies at once": Variant(900, 7, 1, False, _USUAL, ("adam", "adafactor")),
 }
 

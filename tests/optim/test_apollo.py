@@ -280,3 +280,26 @@ def test_what_is_not_projected_follows_adamw() -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         a8multi.APOLLO8bit(parameters([(8, 8)]), **options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 5}, {"apollo_scale": 2.0}, {"apollo_scale_type": "tensor"}, {"apollo_update_proj_gap": 1}],
+    ids=lambda change: next(iter(change)),
+)
+def test_options_that_change_between_steps_count(change: dict[str, Any]) -> None:
+    """At once: as for an optimizer that has kept nothing of the steps before."""
+    trained = []
+    for forgets in (False, True):
+        params = parameters(((48, 96), (96, 48)))
+        optimizer = a8multi.Adafactor8bit(params, lr=1e-2, beta1=0.9, apollo_rank=8)
+        run(optimizer, params, range(2))
+        optimizer.param_groups[0].update(change)
+        if forgets:
+            optimizer._roster = None
+        run(optimizer, params, range(2, 4))
+        trained.append(snapshot(optimizer, params))
+    assert not differences(*trained)
+    unchanged = parameters(((48, 96), (96, 48)))
+    run(a8multi.Adafactor8bit(unchanged, lr=1e-2, beta1=0.9, apollo_rank=8), unchanged, range(4))
+    assert not torch.equal(unchanged[0], params[0])

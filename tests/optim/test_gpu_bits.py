@@ -1,4 +1,5 @@
-"""The compiled CUDA library and the CuPy kernels leave the bytes of the CPU library, every optimizer. Needs a GPU.
+"""The compiled CUDA library and the CuPy kernels leave the bytes of the CPU library, every optimizer but APOLLO, whose
+products are torch's. Needs a GPU.
 
 bench/gpu_check.py compares the two libraries beneath the optimizers, with hundreds of tensors at once.
 """
@@ -28,6 +29,8 @@ CAME: dict[str, tuple[str, dict[str, Any]]] = {
     "skip": ("AdamW8bit", {"skip_nonfinite": True}),
     "skip factored": ("Adafactor8bit", {"skip_nonfinite": True}),
     "sgd plain": ("SGD8bit", {}),
+    "sgd nf4": ("SGD8bit", {"momentum": 0.9, "first_moment": "nf4"}),
+    "lion nf4": ("Lion8bit", {"first_moment": "nf4"}),
     "lars nf4": ("LARS8bit", {"momentum": 0.9, "first_moment": "nf4"}),
     "ademamix": ("AdEMAMix8bit", {"weight_decay": 0.1}),
 }

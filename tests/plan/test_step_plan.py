@@ -146,6 +146,7 @@ def test_hints_say_how_most_elements_are_stored() -> None:
 
     assert hints() == usual
     assert hints(a8multi.Lion8bit) == usual
+    assert hints(a8multi.SGD8bit) == other, "without momentum"
     for options in (
         {"first_moment": "nf4"},
         {"second_moment": "fp32"},

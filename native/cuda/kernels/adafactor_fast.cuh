@@ -103,7 +103,7 @@ A8_FN void a8_put_first(const a8_lane_place& place, uint32_t e, bool active, con
   float scale, absmax = a8_float(most);
   bool leader = active && threadIdx.x % (A8_USUAL_BLOCK / 8) == 0;
   // One branch for the warp: the ranges of exact.cuh, or what has to be guarded.
-  bool ordinary = most == 0 || (absmax >= A8_TWO_TO(-100) && absmax <= A8_TWO_TO(100));
+  bool ordinary = most == 0 || (absmax >= A8_TWO_TO(-100) && absmax <= A8_TWO_TO(100) && a8_has_exact_reciprocal(most));
   ordinary = __all_sync(A8_LANE_MASK, ordinary);
   char* codes = const_cast<char*>(place.first);
   if (place.first_format == A8_NF4) {

@@ -1,7 +1,7 @@
 // What the fast paths of the element-wise rules share: a stretch of chunks of a tensor whose moments are int8 first and, for
 // Adam, log8 second in blocks of 128, aligned.
 //
-// Half a warp a block, eight elements a lane, one pass. Memory wants many bytes in flight, so each warp copies its next two
+// Half a warp a block, eight elements a lane, one pass. Memory wants many bytes in flight, so each warp copies its next
 // units to shared memory while it works.
 #pragma once
 

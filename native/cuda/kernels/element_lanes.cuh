@@ -143,7 +143,7 @@ A8_FN void a8_store_unit(const a8_element_job& job, const Stream& to, const a8_n
   uint32_t third_most = Stream::kThird ? a8_lane_most(to.third, x.third) : 0u;
   uint32_t low = 0u, high = 0u;
   if (log8) a8_lane_extremes(x.second, &low, &high);
-  bool ordinary = a8_is_ordinary_first(most) && a8_is_ordinary_first(third_most) && a8_absmax_finite(high);
+  bool ordinary = a8_is_ordinary_lane(most) && a8_is_ordinary_lane(third_most) && a8_absmax_finite(high);
   if (!__all_sync(A8_LANE_MASK, ordinary)) {
     if (a8_lane() == 0) a8_leave_unit(left, to.unit);
     return;

@@ -21,10 +21,6 @@ A8_FN a8_element_job a8_stretch_job(const a8_batch& batch, const float* scratch,
   return a8_element_job_of<KIND>(t, batch.hypers + t->hyper, chunk.part, parts, totals);
 }
 
-// From one lane, which shows the compiler that all lanes agree: what follows from it then takes uniform registers, of which
-// there are plenty.
-A8_FN uint32_t a8_agreed(uint32_t x) { return __shfl_sync(A8_LANE_MASK, x, 0); }
-
 // What a path has left of a stretch. By every thread.
 template <int KIND>
 A8_FN void a8_update_left(const a8_element_job& job, uint32_t parts, const unsigned long long* left,

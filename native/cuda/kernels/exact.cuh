@@ -47,12 +47,15 @@ A8_FN float a8_exact_div(float a, float b) {
   return __fmaf_rn(-__fmaf_rn(b, q, -a), y, q);
 }
 
-// 1 / step for an integer 1 <= step <= 2^23.
+// 1 / step for an integer 1 <= step <= 2^23, or any float of which a8_has_exact_reciprocal holds.
 A8_FN float a8_exact_reciprocal(float step) {
   float y = a8_rough_reciprocal(step);
   y = __fmaf_rn(__fmaf_rn(-step, y, 1.0f), y, y);
   return __fmaf_rn(__fmaf_rn(-step, y, 1.0f), y, y);
 }
+
+// Of the bits of a number in 2^-100 .. 2^100: not of a mantissa of ones alone, which comes out one place low.
+A8_FN bool a8_has_exact_reciprocal(uint32_t bits) { return (bits & 0x7fffffu) != 0x7fffffu; }
 
 // a / 127 for 2^-100 <= a <= 2^100.
 A8_FN float a8_exact_div_127(float a) {

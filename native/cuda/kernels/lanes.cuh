@@ -207,7 +207,10 @@ A8_FN uint32_t a8_lane_most(const a8_lane_array& of, const float* x) {
   return of.type == A8_INT8 || of.type == A8_NF4 ? a8_most_of_lanes(x) : 0u;
 }
 
-// A moment that is not log8. most: its a8_lane_most, which a8_is_ordinary_first.
+// Whether a8_put_lane_moment takes a moment of which this is a8_lane_most.
+A8_FN bool a8_is_ordinary_lane(uint32_t most) { return a8_is_ordinary_first(most) && a8_has_exact_reciprocal(most); }
+
+// A moment that is not log8. most: its a8_lane_most, which a8_is_ordinary_lane.
 A8_FN void a8_put_lane_moment(const a8_lane_array& to, uint32_t k, const a8_nf4_table* table, const float* x,
                               uint32_t most) {
   char* values = a8_eight_of(to, k);

@@ -4,7 +4,7 @@
 
 #include "device.cuh"
 
-// Elements of a unit, the grain in which Adam's fast path leaves work to the general one. Others take all units.
+// Elements of a unit, the grain in which the faster paths of the element-wise rules leave work to the general one.
 #define A8_UNIT 256
 #define A8_SPAN_UNITS (A8_MAX_BLOCK / A8_UNIT)
 #define A8_SPAN_BLOCKS (A8_MAX_BLOCK / A8_MIN_BLOCK)

@@ -62,8 +62,11 @@ A8_FN void a8_add_squares(const a8_square_room* room, uint32_t count, float* acc
 
 #define A8_WARPS (A8_THREADS / 32)
 
-// From one lane, which shows the compiler that all lanes agree: what follows from it can take uniform registers.
-A8_FN uint32_t a8_warp_number() { return __shfl_sync(A8_LANE_MASK, threadIdx.x / 32u, 0); }
+// From one lane, which shows the compiler that all lanes agree: what follows from it can take uniform registers, of which there
+// are plenty.
+A8_FN uint32_t a8_agreed(uint32_t x) { return __shfl_sync(A8_LANE_MASK, x, 0); }
+
+A8_FN uint32_t a8_warp_number() { return a8_agreed(threadIdx.x / 32u); }
 
 A8_FN uint32_t a8_lane() { return threadIdx.x & 31u; }
 
