@@ -108,7 +108,7 @@ def test_few_bits(first_moment: str, error: float) -> None:
         held = job.peer.state[param]
         assert_moment(job, number, "exp_avg", _first(held, param.shape), 64)
         second = _second(held, "variance")
-        assert_moment(job, number, "exp_avg_sq", torch.where(second <= 2.0**-126, 0.0, second), 2048)
+        assert_moment(job, number, "exp_avg_sq", torch.where(second <= 2.0**-126, 0.0, second))
     assert update_error(job) <= error
 
 
@@ -139,7 +139,7 @@ def test_zeros_do_not_stretch_a_block() -> None:
     twins = parameters([(4096,)])
     ours = a8multi.Adafactor8bit(twins, factored=False)
     ours.load_state_dict(a8multi.convert_state_dict(peer.state_dict(), "adafactor8bit", optimizer=ours))
-    values = decoded(ours.state[twins[0]], "exp_avg_sq", (4096,), 2048)
+    values = decoded(ours.state[twins[0]], "exp_avg_sq", (4096,), 128)
     assert torch.equal(values[1::2], torch.zeros(2048, dtype=torch.float64))
     expected = _second(peer.state[params[0]], "variance")[::2].double()
     # Half of a code where the range is that of the gradients alone, some 30 octaves; over 126 it would be 0.25.
