@@ -49,7 +49,7 @@ A8_FN float a8_first_at(const a8_residual_place& place, int64_t e) {
   return a8_decode(format, code, a8_load_header(t->first_block, format, e >> place.first_shift), place.table->levels);
 }
 
-// What is stored of eight elements from a multiple of eight on, aligned (a8_suits_eight): they lie in one block. Codes only.
+// What is stored of eight elements from a multiple of eight on, aligned (a8_suits_residual): they lie in one block. Codes only.
 A8_FN void a8_load_first(const a8_residual_place& place, uint32_t format, int64_t e, a8_first_eight* x) {
   if (format == A8_INT8) {
     uint2 codes = *reinterpret_cast<const uint2*>(place.first + e);
@@ -76,14 +76,14 @@ A8_FN void a8_first_values(const a8_residual_place& place, uint32_t format, int6
 }
 
 // Whether rows begin at multiples of eight elements, and every array where wide loads need it.
-A8_FN bool a8_suits_eight(const a8_residual_place& place) {
+A8_FN bool a8_suits_residual(const a8_residual_place& place) {
   const a8_tensor* t = place.tensor;
   uint32_t first = t->first_format == A8_NF4 ? 4 : t->first_format == A8_INT8 ? 8 : 16;
   return t->cols % 8 == 0 && a8_aligned(t->grad, 16) && (t->first_format == A8_NONE || a8_aligned(t->first, first));
 }
 
 // One run of rows by one warp: row sums to `row_sums`, the run's column sums to `columns` in shared memory. row0, col0: of the
-// matrix, the run's first. kAligned: a8_suits_eight, with gradients of kDtype, of 16 bits loaded while the row before is worked
+// matrix, the run's first. kAligned: a8_suits_residual, with gradients of kDtype, of 16 bits loaded while the row before is worked
 // on; else of any type. kFirst: the format of a first moment that averages updates, or A8_NONE for all others: a loop for each
 // format would not fit the instruction cache.
 template <uint32_t kDtype, bool kAligned, uint32_t kFirst>
@@ -181,7 +181,7 @@ A8_FN void a8_residual_typed(const a8_residual_place& place, const a8_residual_r
                              int first, int rows, float* row_sums, float* columns) {
   const a8_tensor* t = place.tensor;
   int64_t row0 = tile.row + first;
-  if (!a8_suits_eight(place))
+  if (!a8_suits_residual(place))
     a8_residual_run<A8_F32, false, A8_NONE>(place, rule, row0, tile.col, rows, tile.cols, row_sums, columns);
   else if (t->grad_dtype == A8_BF16)
     a8_residual_aligned<A8_BF16>(place, rule, row0, tile.col, rows, tile.cols, row_sums, columns);

@@ -4,8 +4,7 @@
 
 #include "adafactor_fast.cuh"
 
-// Shared memory of a warp for this. Each warp has its own: neighbours may work on other types, in other layouts.
-#define A8_ARENA_BYTES 5632
+// Each warp has an arena of its own (A8_ARENA_BYTES): neighbours may work on other types, in other layouts.
 #define A8_MOST_STAGES 8
 
 // What is staged of one line: eight values of kGrad and, with kParamBytes, of the parameter; codes and headers of the

@@ -44,6 +44,10 @@ A8_FN uint32_t a8_lanes_min(uint32_t x) {
 
 // --- Asynchronous copies from global to shared memory. ---
 
+// Shared memory of a warp for what it copies ahead, in the paths that choose their layout by type: at least one unit of five
+// arrays of float32, more of smaller ones.
+#define A8_ARENA_BYTES 5632
+
 // Starts a copy of kBytes (4, 8 or 16) to shared memory, by and for this thread alone; a8_copies_wait ends it.
 template <int kBytes>
 A8_FN void a8_copy(void* to, const char* from) {

@@ -77,7 +77,7 @@ struct a8_lane_stream {
     if (kFirst) first = a8_lane_array_of(t->first, t->first_block, t->first_format, job.from, &bytes);
     if (kSecond) second = a8_lane_array_of(t->second, t->second_block, t->second_format, job.from, &bytes);
     if (kThird) third = a8_lane_array_of(t->third, t->third_block, t->third_format, job.from, &bytes);
-    stages = bytes * 3 <= A8_FAST_ARENA ? bytes * 3 : bytes * 2 <= A8_FAST_ARENA ? bytes * 2 : bytes;
+    stages = bytes * 3 <= A8_ARENA_BYTES ? bytes * 3 : bytes * 2 <= A8_ARENA_BYTES ? bytes * 2 : bytes;
     at = 0;
     unit = from, units = count;
     k = unit * A8_UNIT_EIGHTS + a8_lane();

@@ -59,7 +59,7 @@ A8_FN void a8_update_fast(const a8_batch& batch, const float* scratch, uint32_t 
 typedef struct a8_lanes_room {
   union {
     a8_moment_room general;
-    alignas(16) char arena[A8_WARPS][A8_FAST_ARENA];
+    alignas(16) char arena[A8_WARPS][A8_ARENA_BYTES];
   };
   a8_nf4_table table;
   unsigned long long left[A8_MAX_GROUP];  // units of each chunk that are the general path's

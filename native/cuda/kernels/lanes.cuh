@@ -9,9 +9,6 @@
 #include "nf4_table.cuh"
 #include "sums.cuh"
 
-// Shared memory of a warp: at least one unit of five arrays of float32, more units of smaller ones.
-#define A8_FAST_ARENA 5632
-
 // A type beside those of a8_format: float16 of parameters and gradients.
 #define A8_TYPE_F16 7u
 

@@ -8,7 +8,7 @@
 typedef struct a8_measure_room {
   union {
     a8_square_room general;
-    alignas(16) char arena[A8_WARPS][A8_FAST_ARENA];
+    alignas(16) char arena[A8_WARPS][A8_ARENA_BYTES];
   };
   a8_nf4_table table;
   uint32_t left[A8_WARPS];
