@@ -20,7 +20,7 @@ from ctypes import (
 )
 from enum import IntEnum, IntFlag
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 
 class Status(IntEnum):
@@ -270,8 +270,10 @@ class Batch(Structure):
         ("chunk_count", c_uint32),
         ("tile_count", c_uint32),
         ("hyper_count", c_uint32),
+        ("factored_chunks", c_uint32),
         ("rule", c_uint32),
         ("hints", c_uint32),
+        ("reserved", c_uint32),
     ]
 
 

@@ -174,7 +174,11 @@ class CupyBackend:
         """Launches what abi.cu does for these phases."""
         phase = structs.Phase
         tensors, chunks, tiles = batch.tensor_count, batch.chunk_count, batch.tile_count
-        groups = -(-chunks * 32 // self._threads)  # of chunks: a warp each
+        factored = batch.factored_chunks or (chunks if tiles else 0)
+        factored_groups, full_groups = (
+            -(-count * 32 // self._threads)  # a warp a chunk
+            for count in (factored, chunks - batch.factored_chunks)
+        )
         confidence = (
             (phase.RESIDUAL, "residual"),
             (phase.CONFIDENCE, "confidence"),
@@ -186,14 +190,14 @@ class CupyBackend:
             (phase.REDUCE | phase.MOMENTS, "adafactor_means", tiles, (int(phases),)),
             (phase.MOMENTS, "adafactor_factors", tiles, ()),
             *((asked, f"adafactor_{name}", tiles, (0,)) for asked, name in confidence),
-            (phase.NORM, "adafactor_norm_factored", groups if tiles else 0, ()),
-            (phase.NORM, "adafactor_norm_full", groups, ()),
+            (phase.NORM, "adafactor_norm_factored", factored_groups, ()),
+            (phase.NORM, "adafactor_norm_full", full_groups, ()),
             (phase.NORM, "totals", tensors, (0,)),
             *((asked, f"adafactor_{name}", tiles, (1,)) for asked, name in confidence),
             (phase.LIMIT, "adafactor_limit", chunks, ()),
             (phase.LIMIT, "totals", tensors, (1,)),
-            (phase.APPLY, "adafactor_apply_factored", groups if tiles else 0, ()),
-            (phase.APPLY, "adafactor_apply_full", groups, ()),
+            (phase.APPLY, "adafactor_apply_factored", factored_groups, ()),
+            (phase.APPLY, "adafactor_apply_full", full_groups, ()),
         ]
         with self._on(plan.device):
             for asked, name, grid, more in launches:

@@ -24,14 +24,15 @@ def batch_of(plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> tu
     """
     tensors = plan.address()
     schedules = live.records if live is not None else _NOTHING
-    tables = [schedules, hypers, tensors, plan.chunks, plan.tiles]
+    chunks, factored = (plan.chunks, 0) if plan.device.type == "cpu" else plan.chunks_by_kind
+    tables = [schedules, hypers, tensors, chunks, plan.tiles]
     if plan.device.type == "cuda":
         if live is not None and live.capturing:
             at = _captured(plan, tables, live)
         else:
             if plan.device_tables is None:
                 plan.device_tables = _DeviceTables()
-            at = plan.device_tables.updated(plan, hypers, schedules)
+            at = plan.device_tables.updated(plan, tables)
             if live is not None and len(schedules):
                 live.staged_bytes += _starts_of(tables)[1]
                 _staging.reserve(live.staged_bytes)
@@ -39,9 +40,10 @@ def batch_of(plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> tu
         at = [_address(table) for table in tables]
     batch = structs.Batch(
         tensor_count=len(tensors),
-        chunk_count=len(plan.chunks),
+        chunk_count=len(chunks),
         tile_count=len(plan.tiles),
         hyper_count=len(hypers),
+        factored_chunks=factored,
         rule=int(plan.rule),
         hints=int(plan.hints),
         skip=plan.skip.data_ptr() if plan.skip is not None else None,
@@ -100,9 +102,9 @@ class _DeviceTables:
         self._addresses: list[int | None] = []
         self._memory: Tensor | None = None
 
-    def updated(self, plan: StepPlan, hypers: np.ndarray, schedules: np.ndarray = _NOTHING) -> list[int | None]:
+    def updated(self, plan: StepPlan, tables: list[np.ndarray]) -> list[int | None]:
         """Addresses of the five tables, None for an empty one, after copying what is not up to date."""
-        tables = [schedules, hypers, plan.tensors, plan.chunks, plan.tiles]
+        schedules, hypers = tables[:2]
         data = schedules.tobytes() + hypers.tobytes()
         memory = self._memory
         if memory is None or self._sizes != (len(schedules), len(hypers)):

@@ -110,6 +110,15 @@ class StepPlan:
         return _units(self.tensors["tiles"])
 
     @cached_property
+    def chunks_by_kind(self) -> tuple[np.ndarray, int]:
+        """``chunks`` with those of factored tensors first, and how many those are.
+
+        A GPU has kernels of their own for them, each of which is launched for its chunks only.
+        """
+        factored = self.tensors["second_format"][self.chunks["tensor"]] == structs.Format.FACTORED
+        return self.chunks[np.argsort(~factored, kind="stable")], int(factored.sum())
+
+    @cached_property
     def phases(self) -> structs.Phase:
         """The phases of an Adafactor step that have something to do."""
         phase = structs.Phase

@@ -138,6 +138,8 @@ int32_t check_adafactor(const a8_exec* exec, const a8_batch* batch, uint32_t pha
   if (batch->chunk_count == 0) return A8_OK;
   if (batch->tile_count > 0x7fffffffu)
     return fail(A8_ERROR_UNSUPPORTED, "%u tiles: at most 2^31 - 1", batch->tile_count);
+  if (batch->factored_chunks > batch->chunk_count)
+    return fail(A8_ERROR_ARGUMENT, "factored_chunks %u of %u", batch->factored_chunks, batch->chunk_count);
   if (batch->tile_count && (!batch->tiles || !aligned(batch->tiles, 4)))
     return fail(A8_ERROR_ARGUMENT, "the table of tiles is null or misaligned");
   return check_scratch(exec, batch->tensor_count, batch->chunk_count, batch->tile_count);
@@ -204,7 +206,9 @@ void launch_confidence(const a8_batch& batch, float* scratch, uint32_t phases, u
 
 // The launches of the phases asked for, in order; the first error ends them.
 cudaError_t launch_adafactor(const a8_batch& batch, float* scratch, uint32_t phases, cudaStream_t stream) {
-  uint32_t groups = (batch.chunk_count + A8_WARPS - 1) / A8_WARPS;
+  uint32_t factored = batch.factored_chunks ? batch.factored_chunks : batch.tile_count ? batch.chunk_count : 0;
+  uint32_t factored_groups = (factored + A8_WARPS - 1) / A8_WARPS;
+  uint32_t full_groups = (batch.chunk_count - batch.factored_chunks + A8_WARPS - 1) / A8_WARPS;
   if (batch.tile_count && phases & A8_REDUCE)
     a8_adafactor_reduce_kernel<<<batch.tile_count, A8_THREADS, 0, stream>>>(batch, scratch);
   if (batch.tile_count && phases & (A8_REDUCE | A8_MOMENTS))
@@ -213,8 +217,8 @@ cudaError_t launch_adafactor(const a8_batch& batch, float* scratch, uint32_t pha
     a8_adafactor_factors_kernel<<<batch.tile_count, A8_THREADS, 0, stream>>>(batch, scratch);
   launch_confidence(batch, scratch, phases, 0u, stream);
   if (phases & A8_NORM) {
-    if (batch.tile_count) a8_adafactor_norm_factored_kernel<<<groups, A8_THREADS, 0, stream>>>(batch, scratch);
-    a8_adafactor_norm_full_kernel<<<groups, A8_THREADS, 0, stream>>>(batch, scratch);
+    if (factored) a8_adafactor_norm_factored_kernel<<<factored_groups, A8_THREADS, 0, stream>>>(batch, scratch);
+    if (full_groups) a8_adafactor_norm_full_kernel<<<full_groups, A8_THREADS, 0, stream>>>(batch, scratch);
     a8_totals_kernel<<<batch.tensor_count, A8_THREADS, 0, stream>>>(batch, scratch, 0u);
   }
   launch_confidence(batch, scratch, phases, 1u, stream);
@@ -223,8 +227,8 @@ cudaError_t launch_adafactor(const a8_batch& batch, float* scratch, uint32_t pha
     a8_totals_kernel<<<batch.tensor_count, A8_THREADS, 0, stream>>>(batch, scratch, 1u);
   }
   if (phases & A8_APPLY) {
-    if (batch.tile_count) a8_adafactor_apply_factored_kernel<<<groups, A8_THREADS, 0, stream>>>(batch, scratch);
-    a8_adafactor_apply_full_kernel<<<groups, A8_THREADS, 0, stream>>>(batch, scratch);
+    if (factored) a8_adafactor_apply_factored_kernel<<<factored_groups, A8_THREADS, 0, stream>>>(batch, scratch);
+    if (full_groups) a8_adafactor_apply_full_kernel<<<full_groups, A8_THREADS, 0, stream>>>(batch, scratch);
   }
   return cudaGetLastError();  // sticky for launches: the first that failed
 }

@@ -11,6 +11,7 @@ import torch
 import a8multi
 from a8multi.backend import marshal
 from a8multi.plan import StepPlan
+from a8multi.plan.schedule import SCHEDULE
 from a8multi.plan.step_plan import HYPER
 
 
@@ -38,9 +39,13 @@ def _plan() -> tuple[StepPlan, Any]:
     return work.plan, params
 
 
+def _updated(tables: Any, plan: StepPlan, hypers: np.ndarray) -> Any:
+    return tables.updated(plan, [np.empty(0, SCHEDULE), hypers, plan.tensors, plan.chunks, plan.tiles])
+
+
 def _assert_there(tables: Any, plan: StepPlan, hypers: np.ndarray) -> None:
     """Each table's bytes are where its address says."""
-    addresses = tables.updated(plan, hypers)
+    addresses = _updated(tables, plan, hypers)
     assert addresses[0] is None, "no schedules"
     for address, table in zip(addresses[1:], (hypers, plan.tensors, plan.chunks, plan.tiles), strict=True):
         at = address - tables._memory.data_ptr()
@@ -81,5 +86,5 @@ def test_a_plan_without_tiles_has_no_address_for_them(copied: list[int]) -> None
     optimizer.step()
     (work,) = optimizer._roster.works.values()
     work.plan.grads = [param.grad]
-    assert marshal._DeviceTables().updated(work.plan, np.zeros(1, HYPER))[4] is None
+    assert _updated(marshal._DeviceTables(), work.plan, np.zeros(1, HYPER))[4] is None
     assert len(copied) == 1

@@ -135,10 +135,13 @@ class EmulatedBackend(NativeBackend):
         self._set = ctypes.CDLL(str(library.path)).emulate
         self._set.argtypes, self._set.restype = (ctypes.c_uint32, ctypes.c_int32), None
         self._settings = order, multiprocessors
+        self.factored_chunks = 0  # of the batches of Adafactor's steps
 
-    def _call(self, *arguments: Any, **more: Any) -> None:
+    def _call(self, entry: str, device: torch.device, *arguments: Any, **more: Any) -> None:
         self._set(*self._settings)
-        super()._call(*arguments, **more)
+        if entry == "a8_adafactor":
+            arguments[0]._obj.factored_chunks = self.factored_chunks
+        super()._call(entry, device, *arguments, **more)
 
 
 @dataclass
@@ -174,6 +177,7 @@ class Run:
         backend: what steps them.
         by_phases: one call a phase, without sums carried from step to step.
         hints: of the batches, whatever is in them.
+        by_kind: the chunks of factored tensors come first, and an emulated backend is told how many those are.
     """
 
     def __init__(
@@ -182,6 +186,7 @@ class Run:
         backend: NativeBackend,
         by_phases: bool = False,
         hints: BatchHint = BatchHint.OTHER_FORMATS,
+        by_kind: bool = False,
     ) -> None:
         self.family, self.backend, self.by_phases = family, backend, by_phases
         self.arrays: list[list[Array]] = []
@@ -193,6 +198,8 @@ class Run:
         rule = RuleKind.ADAM if family.rule is None else family.rule
         self.plan = StepPlan(torch.device("cpu"), items, rule=rule, carries_squares=carries)
         self.plan.hints = hints
+        if by_kind and isinstance(backend, EmulatedBackend):
+            self.plan.chunks, backend.factored_chunks = self.plan.chunks_by_kind
         self.plan.grads = [array.data for array in self.grads]
         self.plan.scratch.fill_(float("nan"))  # what is read was written
 

@@ -32,7 +32,8 @@ STEPS = 3
 class Variant(NamedTuple):
     """architecture: 750 has shuffles and plain loads, 900 asynchronous copies and packed conversions. order: of threads
     and blocks, and when copies are done (device/fibers.h). multiprocessors: 0 makes the groups of chunks as large as
-    they get. hints: of the batches, whatever is in them; families: to which alone it matters, or all."""
+    they get. hints: of the batches, whatever is in them; families: to which alone it matters, or all. by_kind: the
+    chunks in the order that a GPU gets, else in the tensors'."""
 
     architecture: int
     order: int
@@ -40,6 +41,7 @@ class Variant(NamedTuple):
     by_phases: bool
     hints: structs.BatchHint
     families: tuple[str, ...] | None = None
+    by_kind: bool = False
 
 
 _USUAL, _OTHER = structs.BatchHint(0), structs.BatchHint.OTHER_FORMATS
@@ -48,7 +50,7 @@ VARIANTS = {
     "sm_90 shuffled in groups": Variant(900, 6, 0, False, _OTHER),
     "sm_90 usual formats": Variant(900, 6, 0, False, _USUAL, ("adam", "lion", "sgd", "lars")),
     # Of the others sm_75 shows the same: it copies at once.
-    "sm_90 copies at once": Variant(900, 7, 1, False, _USUAL, ("adam", "adafactor")),
+    "sm_90 copies at once": Variant(900, 7, 1, False, _USUAL, ("adam", "adafactor"), by_kind=True),
 }
 
 _expected: dict[str, Run] = {}
@@ -73,7 +75,7 @@ def expected(family: str) -> Run:
 )
 def test_steps(emulated: Callable[[int], Library], family: str, variant: Variant) -> None:
     backend = EmulatedBackend(emulated(variant.architecture), variant.order, variant.multiprocessors)
-    found = Run(FAMILIES[family], backend, variant.by_phases, variant.hints)
+    found = Run(FAMILIES[family], backend, variant.by_phases, variant.hints, variant.by_kind)
     for _ in range(STEPS):
         found.step()
     wrong = differences(expected(family), found)

@@ -78,6 +78,19 @@ def test_tiles_cover_every_matrix_once() -> None:
     assert (by_shape[(512, 1024)], by_shape[(513, 1025)], by_shape[(16385,)]) == (1, 4, 0)
 
 
+def test_chunks_by_kind_begin_with_those_of_factored_tensors() -> None:
+    optimizer, _ = _optimizer(SHAPES)
+    optimizer.step()
+    plan = _plan(optimizer)
+    chunks, factored = plan.chunks_by_kind
+    kinds = [plan.items[t].moments.factored for t in chunks["tensor"]]
+    assert 0 < factored < len(kinds)
+    assert kinds == [True] * factored + [False] * (len(kinds) - factored)
+    assert sorted(chunks.tolist()) == sorted(plan.chunks.tolist())
+    for kind in (chunks[:factored], chunks[factored:]):
+        assert kind.tolist() == sorted(kind.tolist()), "each kind by tensor, then part"
+
+
 def test_scratch_regions_do_not_overlap() -> None:
     """Of every tensor: a row sum a tile column, a column sum a tile row, the totals, three words a chunk."""
     optimizer, _ = _optimizer(SHAPES)

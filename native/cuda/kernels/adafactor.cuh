@@ -178,12 +178,13 @@ typedef struct a8_chunk_room {
 #endif
 #define A8_TWO_RESIDENT (A8_AMPERE ? 2 : 1)
 
-// Whether this block of threads has a chunk of a tensor of the kind that the kernel is for; mine: whether this warp has.
+// Whether this block of threads has a chunk of a tensor of the kind that the kernel is for; mine: whether this warp has. A kernel
+// is launched for the chunks of its kind, or for all when it is not known which they are.
 template <bool kFactored>
 A8_FN bool a8_has_chunks(const a8_batch& batch, uint32_t index, bool* mine) {
+  uint32_t end = kFactored && batch.factored_chunks ? batch.factored_chunks : batch.chunk_count;
   *mine = false;
-  if (index < batch.chunk_count)
-    *mine = (batch.tensors[batch.chunks[index].tensor].second_format == A8_FACTORED) == kFactored;
+  if (index < end) *mine = (batch.tensors[batch.chunks[index].tensor].second_format == A8_FACTORED) == kFactored;
   return __syncthreads_or(*mine);
 }
 
@@ -223,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
     a8_adafactor_norm_full_kernel(a8_batch batch, float* scratch) {
   __shared__ a8_chunk_room room;
   if (a8_skips(batch)) return;
-  a8_norm_chunks<false>(batch, scratch, (gridDim.x - 1 - blockIdx.x) * A8_WARPS, &room);
+  a8_norm_chunks<false>(batch, scratch, batch.factored_chunks + (gridDim.x - 1 - blockIdx.x) * A8_WARPS, &room);
 }
 
 // The sum of the squares of a chunk's update as CAME leaves it, for tensors whose limiter waits for it. One block of threads a
@@ -277,5 +278,5 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_TWO_RESIDENT)
     a8_adafactor_apply_full_kernel(a8_batch batch, float* scratch) {
   __shared__ a8_chunk_room room;
   if (a8_skips(batch)) return;
-  a8_apply_chunks<false>(batch, scratch, blockIdx.x * A8_WARPS, &room);
+  a8_apply_chunks<false>(batch, scratch, batch.factored_chunks + blockIdx.x * A8_WARPS, &room);
 }

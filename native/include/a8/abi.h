@@ -7,7 +7,7 @@
 
 #include "types.h"
 
-#define A8_ABI_VERSION 2
+#define A8_ABI_VERSION 3
 
 enum a8_status {
   A8_OK = 0,
@@ -227,8 +227,9 @@ enum a8_batch_hint {
 
 // All tensors of a step on one device. chunks: every A8_CHUNK elements of every tensor; tiles: every
 // A8_TILE_ROWS x A8_TILE_COLS of every factored one, row tiles outermost. Both sorted by tensor, then part.
-// On a GPU every pointer here is a device address. skip: when not null and not 0 the step writes nothing. hints: of
-// a8_batch_hint, what the host knows of the tables; any value gives the same bits.
+// On a GPU every pointer here is a device address, and chunks may lie in any order. factored_chunks: so many, and no others, are
+// of factored tensors, and they come first; 0: not known, they may be anywhere. Not read on a CPU. skip: when not null and not 0
+// the step writes nothing. hints: of a8_batch_hint, what the host knows of the tables; any value gives the same bits.
 typedef struct a8_batch {
   const a8_tensor* tensors;
   const a8_chunk* chunks;
@@ -239,8 +240,10 @@ typedef struct a8_batch {
   uint32_t chunk_count;
   uint32_t tile_count;
   uint32_t hyper_count;
+  uint32_t factored_chunks;
   uint32_t rule;
   uint32_t hints;
+  uint32_t reserved;
 } a8_batch;
 
 // One array to quantise or dequantise. values: [numel] of `dtype`; codes and blocks as in a8_tensor.
