@@ -65,7 +65,7 @@ def parts(optimizer: Any, params: list[torch.nn.Parameter]) -> dict[str, Callabl
     (work,) = roster.works.values()
     hypers, _ = hypers_of(work, optimizer._hyper, optimizer._schedule, False)
     work.take_grads()
-    work.plan.grads = work.grads
+    work.plan.grads, work.plan.addresses = work.grads, work.addresses
     tables, none = marshal._DeviceTables(), np.empty(0, SCHEDULE)
     arrays = [none, hypers, work.plan.tensors, work.plan.chunks, work.plan.tiles]
 

@@ -198,9 +198,11 @@ def _bind(handle: ctypes.CDLL, path: Path, entry: Signature) -> Callable[..., An
     except AttributeError as error:
         promised = "" if entry.op is None else f", though its a8_info.ops promises {entry.op.name}"
         raise LibraryIncompatible(str(path), f"symbol {entry.name} is missing{promised}", _rebuild_hint()) from error
+    if entry.takes_objects:
+        return ctypes.PYFUNCTYPE(entry.restype, *entry.argtypes)((entry.name, handle))
     function.restype = entry.restype
     function.argtypes = list(entry.argtypes)
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _rebuild_hint() -> str:

@@ -6,10 +6,10 @@ the symbols of the built libraries. A new entry is one row here and one line the
 
 from __future__ import annotations
 
-from ctypes import POINTER, c_char_p, c_int32, c_uint32, c_void_p
+from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint32, c_uint64, c_void_p, py_object
 from typing import Any, NamedTuple
 
-from .structs import Batch, Codec, Exec, Hyper, Info, Op, Schedule
+from .structs import Batch, Codec, Exec, Hyper, Info, Interpreter, Op, Schedule
 
 
 class Signature(NamedTuple):
@@ -20,8 +20,14 @@ class Signature(NamedTuple):
     argtypes: tuple[Any, ...]
     op: Op | None
 
+    @property
+    def takes_objects(self) -> bool:
+        """Whether it reads Python's objects, and so is to be called with the interpreter's lock held."""
+        return py_object in self.argtypes
+
 
 _EXEC = POINTER(Exec)
+_PYTHON = POINTER(Interpreter)
 _STATUS = c_int32
 
 GET_INFO = Signature("a8_get_info", _STATUS, (POINTER(Info),), None)
@@ -37,4 +43,11 @@ SIGNATURES: tuple[Signature, ...] = (
     Signature("a8_screen", _STATUS, (_EXEC, POINTER(Batch), c_void_p, c_void_p), Op.ELEMENTWISE),
     Signature("a8_elementwise", _STATUS, (_EXEC, POINTER(Batch), c_uint32), Op.ELEMENTWISE),
     Signature("a8_adafactor", _STATUS, (_EXEC, POINTER(Batch), c_uint32), Op.ADAFACTOR),
+    Signature(
+        "a8_read_tensors",
+        _STATUS,
+        (_PYTHON, py_object, py_object, c_uint32, POINTER(c_int64), c_uint32, POINTER(c_uint64), c_uint32),
+        Op.READER,
+    ),
+    Signature("a8_read_values", _STATUS, (_PYTHON, py_object, c_uint32, py_object, c_uint32), Op.READER),
 )

@@ -70,6 +70,7 @@ class Op(IntFlag):
     CODEC = 1
     ELEMENTWISE = 2
     ADAFACTOR = 4
+    READER = 8
 
 
 class RuleKind(IntEnum):
@@ -151,6 +152,7 @@ class Info(Structure):
         ("sizeof_batch", c_uint32),
         ("sizeof_codec", c_uint32),
         ("sizeof_schedule", c_uint32),
+        ("sizeof_interpreter", c_uint32),
         ("chunk", c_uint32),
         ("tile_rows", c_uint32),
         ("tile_cols", c_uint32),
@@ -317,6 +319,20 @@ class Schedule(Structure):
     ]
 
 
+class Interpreter(Structure):
+    """``a8_interpreter``: what the reader needs of Python and torch."""
+
+    _fields_ = [
+        ("list_item", c_void_p),
+        ("put_item", c_void_p),
+        ("attribute", c_void_p),
+        ("next_entry", c_void_p),
+        ("look", c_void_p),
+        ("none", c_void_p),
+        ("grad", c_void_p),
+    ]
+
+
 # In the order of the sizeof_* fields of Info: the C name of each struct is "a8_" + key.
 STRUCTS: dict[str, type[Structure]] = {
     "info": Info,
@@ -327,6 +343,7 @@ STRUCTS: dict[str, type[Structure]] = {
     "batch": Batch,
     "codec": Codec,
     "schedule": Schedule,
+    "interpreter": Interpreter,
 }
 
 # The C name of each enum is "a8_" + key.

@@ -41,7 +41,8 @@ class NativeBackend:
 
     def report(self) -> BackendReport:
         info = self.library.info
-        ops = tuple(op.name.lower() for op in structs.Op if op in info.ops and op.name)
+        offered = info.ops & ~structs.Op.READER  # which no backend offers: optim/reader.py uses it
+        ops = tuple(op.name.lower() for op in structs.Op if op in offered and op.name)
         detail = info.architectures
         if self.name == "cpu":
             chosen = settings.cpu_isa()

@@ -207,8 +207,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
                     state = self.state.get(param, {})
                     roster.work(param.device).add(param, grad, group, number, state, self._is_projected(group, param))
                 number += 1
-        for device in roster.works:
-            self._backend(device)
+        for device, work in roster.works.items():
+            work.native = self._backend(device).name != "torch"
         for work in roster.works.values():
             self._plan(work, capturing)
         roster.remember()
@@ -295,6 +295,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         for work in works:
             work.plan.skip = flags.get(work.device)
             work.plan.grads = work.planned(work.grads)
+            work.plan.addresses = work.addresses
         try:
             if screen is not None:
                 self._look_at_gradients(screen, list(zip(works, backends, tables, strict=True)))
@@ -302,7 +303,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
                 self._run(work, backend, hypers, *(() if live is None else (live,)))
         finally:
             for work in works:
-                work.plan.grads = []
+                work.plan.grads, work.plan.addresses = [], None
         roster.count_steps()
 
     def _screen_of(self, works: list[Work]) -> Screen | None:

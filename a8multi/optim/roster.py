@@ -12,10 +12,13 @@ from itertools import chain
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from a8multi.plan import StepPlan
+
+from .reader import TensorReader, UnreadableError, check_values
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -35,11 +38,14 @@ class Work:
         outlines: what hypers.py keeps of the table of hyper-parameters while no option changes.
         plan: of all but those two; set when everything has been checked.
         projection, drawn: the plans of the projected ones, and their random matrices; None: there are none.
+        native: whether a native library updates them, and so may read them too.
     """
 
     plan: StepPlan
     projection: Any = None
     drawn: Any = None
+    native = False
+    _reader: TensorReader | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -89,15 +95,41 @@ class Work:
                 self.row_keys.append((group, step, param.dtype))
             self.rows.append(known[key])
 
+    @property
+    def addresses(self) -> np.ndarray | None:
+        """Of the plan's parameters and gradients, uint64 [2, items]; None: nobody has read them yet."""
+        if self._reader is None or self.strided or self.projected:
+            return None
+        return self._reader.addresses
+
     def remember_metadata(self) -> None:
-        self._metadata = _Metadata(self.params), _Metadata(self.grads)
+        self._learn()
+        self._metadata = [_facts(tensor) for tensor in self.params + self.grads]
+
+    def _learn(self) -> None:
+        try:
+            self._reader = TensorReader(self.params) if self.native else None
+        except UnreadableError:
+            self._reader = None
 
     def take_grads(self) -> bool:
         """Fetch this step's gradients. False: one is missing, or parameters and gradients are not what they were."""
+        if self._reader is not None:
+            try:
+                self.grads = self._reader.grads(self.params)
+                return True
+            except UnreadableError:
+                pass  # perhaps in a way that is nothing to a step
         grads: list[Any] = [param.grad for param in self.params]
         self.grads = grads
-        params_seen, grads_seen = self._metadata
-        return params_seen.fits(self.params) and grads_seen.fits(grads)
+        try:
+            if [_facts(tensor) for tensor in self.params + grads] != self._metadata:
+                return False
+        except (AttributeError, TypeError, RuntimeError):
+            # A gradient that is None, or a sparse one, which has no memory format.
+            return False
+        self._learn()
+        return True
 
     def next_steps(self) -> list[int | Tensor]:
         """Add one to the steps of every row, and return them.
@@ -155,8 +187,8 @@ class Roster:
                 at = end
         stepped = set(map(id, ordered))
         ordered += [state for state in self._states if id(state) not in stepped]
-        self._values = [state.values() for state in ordered]
-        self._held = _flat(self._values)
+        self._ordered = ordered
+        self._held = _flat(state.values() for state in ordered)
         self._held_alone = _scalars(self._held)
 
     def holds(self, optimizer: torch.optim.Optimizer, check: Callable[[Group], None]) -> bool:
@@ -197,8 +229,17 @@ class Roster:
         return (
             _same(list(state.values()), self._states)
             and _identical(list(state), self._owners, self._owners_alone)
-            and _identical(_flat(self._values), self._held, self._held_alone)
+            and self._values_hold()
         )
+
+    def _values_hold(self) -> bool:
+        if all(work.native for work in self.works.values()):
+            try:
+                check_values(self._ordered, self._held)
+                return True
+            except UnreadableError:
+                pass  # there is no reader, or an equal number has taken a number's place
+        return _identical(_flat(state.values() for state in self._ordered), self._held, self._held_alone)
 
     def count_steps(self) -> None:
         """All works have taken a step."""
@@ -224,42 +265,9 @@ class _Run(NamedTuple):
     at: slice
 
 
-class _Metadata:
-    """Shape, type, device and layout of some tensors, to compare those of as many others with."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self._facts = [_facts(tensor) for tensor in tensors]
-        self._guard = _guard(tensors)
-
-    def fits(self, tensors: list[Tensor]) -> bool:
-        try:
-            if self._guard is not None and self._guard.check(*tensors):
-                return True
-            if [_facts(tensor) for tensor in tensors] != self._facts:
-                return False
-        except (AttributeError, TypeError, RuntimeError):
-            # A gradient that is None, or a sparse one, which has no memory format.
-            return False
-        # Strides of dimensions of one element, or what is nothing to a step: so it is likely to be the next time.
-        self._guard = _guard(tensors)
-        return True
-
-
 def _facts(tensor: Tensor) -> tuple[Any, ...]:
+    """All of a tensor's metadata that matters to a step."""
     return tensor.shape, tensor.dtype, tensor.device, tensor.layout, tensor.is_contiguous()
-
-
-def _guard(tensors: list[Tensor]) -> Any:
-    """What torch.compile compares metadata with, four times as fast as reading it; None where torch has it no more.
-
-    It is not public. It is stricter than ``_facts``, so that what it accepts needs no other look.
-    """
-    try:
-        from torch._C._dynamo.guards import TensorGuards
-
-        return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-    except Exception:
-        return None
 
 
 def _values_of(names: Sequence[str]) -> Callable[[Group], tuple[Any, ...]]:

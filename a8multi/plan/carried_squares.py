@@ -29,25 +29,22 @@ class CarriedSquares:
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._params = params
         # After a step: version and address of each parameter, and the flags that they would earn.
-        self._left: tuple[np.ndarray, list[int], np.ndarray] | None = None
-        self._seen: tuple[np.ndarray, list[int]] | None = None
+        self._left: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._seen: tuple[np.ndarray, np.ndarray] | None = None
 
-    def flags(self, addresses: list[int]) -> np.ndarray | int:
+    def flags(self, addresses: np.ndarray) -> np.ndarray | int:
         """``a8_tensor.flags`` of every parameter, for a step that is about to run on the scratch.
 
         Args:
-            addresses: of the parameters now.
+            addresses: of the parameters now, uint64.
         """
         versions = np.fromiter(map(_VERSION, self._params), np.int64, len(self._params))
-        self._seen = versions, addresses
+        self._seen = versions, addresses.copy()
         if self._left is None:
             return 0
         old_versions, old_addresses, flags = self._left
         self._left = None  # a step that fails leaves nothing
-        same = versions == old_versions
-        if addresses != old_addresses:
-            same &= np.array(addresses, np.uint64) == np.array(old_addresses, np.uint64)
-        return np.where(same, flags, 0)
+        return np.where((versions == old_versions) & (addresses == old_addresses), flags, 0)
 
     def leave(self, scaled: np.ndarray) -> None:
         """The step has run, and every parameter's version is to be one higher than it was.

@@ -24,6 +24,17 @@ SCHEDULE = np.dtype(structs.Schedule)
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
 
+# As plain integers: a test for a flag of an enum takes a microsecond, and a step makes half a dozen.
+_FIRST_WHOLE = int(ScheduleRule.FIRST_WHOLE)
+_MIX_WARMS_UP = int(ScheduleRule.MIX_WARMS_UP)
+_BETA3_WARMS_UP = int(ScheduleRule.BETA3_WARMS_UP)
+_BETA2_DECAYS = int(ScheduleRule.BETA2_DECAYS)
+_ADAM_BIAS = int(ScheduleRule.ADAM_BIAS)
+_UNBIASED = int(ScheduleRule.UNBIASED)
+_LR_DECAYS = int(ScheduleRule.LR_DECAYS)
+_CORRECT_BIAS = int(ScheduleRule.CORRECT_BIAS)
+_RELATIVE_STEP = int(ScheduleRule.RELATIVE_STEP)
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -50,34 +61,35 @@ class Schedule:
 
     def derived(self, step: int) -> dict[str, float]:
         """Fields of ``a8_hyper`` at a step, counted from 1, in double precision."""
+        rules = int(self.rules)
         fields: dict[str, float] = {"step": step & 0xFFFFFFFF}
         first = 1.0 / (1.0 - _power(self.beta1, step))
         root = math.sqrt(1.0 - _power(self.beta2, step))
-        if self.rules & ScheduleRule.FIRST_WHOLE:
+        if rules & _FIRST_WHOLE:
             fields["one_minus_beta1"] = 1.0 if step == 1 else 1.0 - self.decay
-        if self.rules & (ScheduleRule.MIX_WARMS_UP | ScheduleRule.BETA3_WARMS_UP):
-            fields.update(self._slow(step))
-        if self.rules & ScheduleRule.BETA2_DECAYS:
+        if rules & (_MIX_WARMS_UP | _BETA3_WARMS_UP):
+            fields.update(self._slow(step, rules))
+        if rules & _BETA2_DECAYS:
             one_minus_beta2 = decay(step, self.beta2_decay)
             fields.update(beta2=1.0 - one_minus_beta2, one_minus_beta2=one_minus_beta2)
-        if self.rules & (ScheduleRule.ADAM_BIAS | ScheduleRule.UNBIASED):
-            unbiased = bool(self.rules & ScheduleRule.UNBIASED)
+        if rules & (_ADAM_BIAS | _UNBIASED):
+            unbiased = bool(rules & _UNBIASED)
             fields.update(bias1=1.0 if unbiased else first, bias2=1.0 if unbiased else 1.0 / root)
-            if self.rules & ScheduleRule.LR_DECAYS:
+            if rules & _LR_DECAYS:
                 fields["bias1"] = 1.0 / (1.0 + (step - 1) * self.decay)
             return fields
-        if self.rules & ScheduleRule.BETA2_DECAYS:
+        if rules & _BETA2_DECAYS:
             root = 1.0
-        fields["bias1"] = first * root if self.rules & ScheduleRule.CORRECT_BIAS else 1.0
-        fields["bias2"] = 1.0 / math.sqrt(step) if self.rules & ScheduleRule.RELATIVE_STEP else _FLOAT_MAX
+        fields["bias1"] = first * root if rules & _CORRECT_BIAS else 1.0
+        fields["bias2"] = 1.0 / math.sqrt(step) if rules & _RELATIVE_STEP else _FLOAT_MAX
         return fields
 
-    def _slow(self, step: int) -> dict[str, float]:
+    def _slow(self, step: int, rules: int) -> dict[str, float]:
         """Of the slow average. beta3 grows so that 1 / log(beta3) goes evenly from that of beta1 to its own."""
         mix, beta3 = self.mix, self.beta3
-        if self.rules & ScheduleRule.MIX_WARMS_UP and step < self.mix_steps:
+        if rules & _MIX_WARMS_UP and step < self.mix_steps:
             mix = mix * step / self.mix_steps
-        if self.rules & ScheduleRule.BETA3_WARMS_UP and step < self.beta3_steps:
+        if rules & _BETA3_WARMS_UP and step < self.beta3_steps:
             first, last = half_life(self.beta1), half_life(self.beta3)
             half = first + (last - first) * (step / self.beta3_steps)
             beta3 = _exp2_product(-1.0 / half, 1.0, 0.0) if half > 0.0 else 0.0

@@ -42,6 +42,7 @@ class StepPlan:
         items: the parameters, in the optimizer's order.
         rule: what an element-wise step does; Adafactor's steps do not look at it.
         grads: their gradients while a step runs, else empty: a plan must not keep gradients alive.
+        addresses: uint64 [2, items], of the parameters' and the gradients' data while a step runs; None: not read yet.
         skip: float32 0-d on the device: when it is not 0, the step writes nothing. None: steps are never skipped.
         edition: a number that grows whenever ``tensors`` changes.
         device_tables: for the backend that copies the tables below to the device: what it keeps of them.
@@ -60,12 +61,13 @@ class StepPlan:
         self.rule = rule
         self.items = list(items)
         self.grads: list[Tensor] = []
+        self.addresses: np.ndarray | None = None
         self.skip: Tensor | None = None
         self.edition = 0
         self.device_tables: Any = None
         self._params = [item.param for item in self.items]
         self.squares = CarriedSquares(self._params) if carries_squares else None
-        self._addresses: dict[str, list[int]] = {}
+        self._addressed = b""
 
     @cached_property
     def tensors(self) -> np.ndarray:
@@ -164,14 +166,17 @@ class StepPlan:
 
         For backends that are about to run a step on ``scratch``; with ``squares``, call it once a step.
         """
-        table = self.tensors
-        for name, tensors in (("param", self._params), ("grad", self.grads)):
-            addresses = list(map(Tensor.data_ptr, tensors))
-            if addresses != self._addresses.get(name):
-                table[name] = self._addresses[name] = addresses
-                self.edition += 1
+        table, addresses = self.tensors, self.addresses
+        if addresses is None:
+            addresses = np.array(
+                [list(map(Tensor.data_ptr, tensors)) for tensors in (self._params, self.grads)], np.uint64
+            )
+        if addresses.tobytes() != self._addressed:
+            table["param"], table["grad"] = addresses
+            self._addressed = addresses.tobytes()
+            self.edition += 1
         if self.squares is not None:
-            flags = self.squares.flags(self._addresses["param"])
+            flags = self.squares.flags(addresses[0])
             if (table["flags"] != flags).any():
                 table["flags"] = flags
                 self.edition += 1

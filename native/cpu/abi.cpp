@@ -10,6 +10,7 @@
 #include "dispatch.h"
 #include "parallel.h"
 #include "probe.h"
+#include "reader.h"
 #include "rule_moments.h"
 
 namespace {
@@ -213,7 +214,8 @@ int32_t run_codec(a8_exec* exec, const a8_codec* codec, bool quantize) {
 
 A8_EXPORT int32_t a8_get_info(a8_info* info) {
   return guarded([&] {
-    if (int32_t status = fill_info(info, "cpu", A8_OP_CODEC | A8_OP_ELEMENTWISE | A8_OP_ADAFACTOR)) return status;
+    const uint32_t ops = A8_OP_CODEC | A8_OP_ELEMENTWISE | A8_OP_ADAFACTOR | A8_OP_READER;
+    if (int32_t status = fill_info(info, "cpu", ops)) return status;
     info->isa_built = a8_isa_built();
     info->isa_usable = a8_isa_usable();
     info->isa_best = a8_isa_best();
@@ -281,4 +283,21 @@ A8_EXPORT int32_t a8_adafactor(a8_exec* exec, const a8_batch* batch, uint32_t ph
     a8_run_adafactor(kernels, threads_of(exec), &job, phases);
     return (int32_t)A8_OK;
   });
+}
+
+A8_EXPORT int32_t a8_read_tensors(const a8_interpreter* python, void* params, void* grads, uint32_t count,
+                                  int64_t* facts, uint32_t fact_count, uint64_t* addresses, uint32_t learns) {
+  a8_message[0] = 0;
+  if (!python || !params || !grads || (count && (!facts || !addresses)))
+    return fail(A8_ERROR_ARGUMENT, "python, params, grads, facts or addresses is null");
+  bool same = a8_same_tensors(python, params, grads, count, facts, fact_count, addresses, learns != 0);
+  return same ? (int32_t)A8_OK : fail(A8_ERROR_ARGUMENT, "a tensor is missing, or not what it was");
+}
+
+A8_EXPORT int32_t a8_read_values(const a8_interpreter* python, void* dicts, uint32_t count, void* values,
+                                 uint32_t value_count) {
+  a8_message[0] = 0;
+  if (!python || !dicts || !values) return fail(A8_ERROR_ARGUMENT, "python, dicts or values is null");
+  bool same = a8_same_values(python, dicts, values, count, value_count);
+  return same ? (int32_t)A8_OK : fail(A8_ERROR_ARGUMENT, "a value is not the one that it was");
 }

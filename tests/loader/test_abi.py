@@ -96,12 +96,15 @@ def test_prototypes_are_the_headers() -> None:
     ours = []
     names = {ctypes.POINTER(struct): f"a8_{name}*" for name, struct in structs.STRUCTS.items()}
     names |= {ctypes.c_int32: "int32_t", ctypes.c_uint32: "uint32_t"}
-    names |= {ctypes.c_char_p: "char*", ctypes.c_void_p: "float*"}
+    names |= {ctypes.c_char_p: "char*", ctypes.c_void_p: "float*", ctypes.py_object: "void*"}
+    names |= {ctypes.POINTER(ctypes.c_int64): "int64_t*", ctypes.POINTER(ctypes.c_uint64): "uint64_t*"}
     for entry in signatures.SIGNATURES:
         arguments = ", ".join(names[kind] for kind in entry.argtypes) or "void"
         ours.append(f"{names[entry.restype]} {entry.name}({arguments})")
     header = []
-    for result, name, arguments in re.findall(r"^A8_EXPORT ([\w *]+?) (a8_\w+)\((.*)\);", HEADER, re.MULTILINE):
+    for result, name, arguments in re.findall(
+        r"^A8_EXPORT ([\w *]+?) (a8_\w+)\((.*?)\);", HEADER, re.MULTILINE | re.DOTALL
+    ):
         kinds = [re.sub(r" \w+$", "", argument.strip()) for argument in arguments.split(",")]
         header.append(f"{result} {name}({', '.join(kinds)})".replace("const ", ""))
     assert ours == header

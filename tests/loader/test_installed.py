@@ -51,7 +51,7 @@ def test_only_the_interface_is_exported(built: library.Library) -> None:
 
 def test_cpu_library_says_what_it_is() -> None:
     info = library.load("cpu").info
-    assert info.ops == structs.Op.CODEC | structs.Op.ELEMENTWISE | structs.Op.ADAFACTOR
+    assert info.ops == structs.Op.CODEC | structs.Op.ELEMENTWISE | structs.Op.ADAFACTOR | structs.Op.READER
     assert set(info.isa_usable) <= set(info.isa_built)
     assert info.isa_best in info.isa_usable
     assert info.toolkit == 0

@@ -12,7 +12,7 @@ import torch
 from optim.helpers import apply, differences, gradients, parameters, run, snapshot
 
 import a8multi
-from a8multi.optim import roster
+from a8multi.optim import reader
 
 SHAPES = ((64, 64), (4097,), (1,), (0,), (33,))
 KINDS: dict[str, Callable[..., Any]] = {
@@ -183,12 +183,17 @@ def test_what_changes_between_steps_is_noticed(make: Any, change: Any) -> None:
         assert not differences(found, expected[step]), f"step {step}"
 
 
-@pytest.mark.parametrize("without_guard", [False, True])
+@pytest.fixture
+def no_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "_find", lambda: "not in this test")
+
+
+@pytest.mark.parametrize("read", [True, False])
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
-def test_an_unchanged_model_is_surveyed_once(make: Any, without_guard: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unchanged_model_is_surveyed_once(make: Any, read: bool, request: pytest.FixtureRequest) -> None:
     """New gradients, learning rates and options that decide no format need no other survey."""
-    if without_guard:
-        monkeypatch.setattr(roster, "_guard", lambda tensors: None)
+    if not read:
+        request.getfixturevalue("no_reader")
     params = parameters(SHAPES)
     optimizer = make(params)
     run(optimizer, params, range(1))
@@ -200,11 +205,10 @@ def test_an_unchanged_model_is_surveyed_once(make: Any, without_guard: bool, mon
     assert {state["step"] for state in optimizer.state.values()} == {5}
 
 
+@pytest.mark.usefixtures("no_reader")
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
-def test_without_the_guard_the_same_changes_are_noticed(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where torch's comparison of metadata is missing, ours alone decides."""
-    monkeypatch.setattr(roster, "_guard", lambda tensors: None)
-    for change in (_data_transposed, _data_cast, _gradient_missing, _gradient_transposed, _gradient_of_odd_strides):
+def test_without_a_reader_the_same_changes_are_noticed(make: Any) -> None:
+    for change in CHANGES:
         expected = _train(make, change, careful=True)
         assert not differences(_train(make, change, careful=False)[-1], expected[-1]), change.__name__
 

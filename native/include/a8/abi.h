@@ -1,5 +1,5 @@
 // The C interface of liba8multi_cpu and liba8multi_cuda: the only one there is. loader/structs.py and
-// loader/signatures.py mirror this file and a test compares them with it, so keep one declaration a line.
+// loader/signatures.py mirror this file and a test compares them with it, so keep one field a line.
 //
 // Every entry returns an a8_status. None throws, exits, prints, synchronises with a device, or keeps a pointer after it
 // returns (kernels in flight on exec->stream excepted). a8_last_error() belongs to the calling thread.
@@ -36,7 +36,7 @@ enum a8_format {
 enum a8_isa { A8_ISA_AUTO = 0, A8_ISA_BASELINE = 1, A8_ISA_AVX2 = 2, A8_ISA_AVX512 = 3, A8_ISA_NEON = 4 };
 
 // Bits of a8_info.ops: what this library can do.
-enum a8_op { A8_OP_CODEC = 1, A8_OP_ELEMENTWISE = 2, A8_OP_ADAFACTOR = 4 };
+enum a8_op { A8_OP_CODEC = 1, A8_OP_ELEMENTWISE = 2, A8_OP_ADAFACTOR = 4, A8_OP_READER = 8 };
 
 // a8_batch.rule: what a8_elementwise does to an element (rules.h has the formulas and their sources).
 enum a8_rule_kind {
@@ -113,6 +113,7 @@ typedef struct a8_info {
   uint32_t sizeof_batch;
   uint32_t sizeof_codec;
   uint32_t sizeof_schedule;
+  uint32_t sizeof_interpreter;
   uint32_t chunk;
   uint32_t tile_rows;
   uint32_t tile_cols;
@@ -284,6 +285,18 @@ typedef struct a8_schedule {
   uint32_t reserved;
 } a8_schedule;
 
+// What the reader needs of the running interpreter and of torch: addresses of functions, and of two objects. look: the function
+// dltensor_from_py_object_no_sync of the capsule torch.Tensor.__dlpack_c_exchange_api__; grad: the string.
+typedef struct a8_interpreter {
+  const void* list_item;
+  const void* put_item;
+  const void* attribute;
+  const void* next_entry;
+  const void* look;
+  const void* none;
+  const void* grad;
+} a8_interpreter;
+
 #if defined(_WIN32)
 #define A8_EXPORT extern "C" __declspec(dllexport)
 #else
@@ -295,6 +308,11 @@ typedef struct a8_schedule {
 // counts by itself.
 // a8_screen: divides every gradient of the batch by *scale, in place (scale null: leaves them), and sets *found to 1 when one
 // is not finite afterwards; else *found stays. Only chunks, grad, grad_dtype and numel are looked at.
+// a8_read_tensors: of a list of `count` tensors and of their gradients, which are put into a list of as many, the addresses: first the
+// parameters', then the gradients'. An error when type, device, shape or strides of one are not those of `facts`; with `learns` they
+// become the facts: 2 + 2 for each dimension, of each parameter and gradient in turn. a8_read_values: an error unless the values of
+// `count` dictionaries, one after the other, are the very objects of a list. Both are called with the interpreter's lock held;
+// objects of Python are borrowed, and an exception of Python's may be set when they return.
 #if !defined(__CUDACC_RTC__)
 A8_EXPORT int32_t a8_get_info(a8_info* info);
 A8_EXPORT const char* a8_last_error(void);
@@ -304,4 +322,8 @@ A8_EXPORT int32_t a8_derive(a8_exec* exec, const a8_schedule* from, a8_hyper* to
 A8_EXPORT int32_t a8_screen(a8_exec* exec, const a8_batch* batch, const float* scale, float* found);
 A8_EXPORT int32_t a8_elementwise(a8_exec* exec, const a8_batch* batch, uint32_t phases);
 A8_EXPORT int32_t a8_adafactor(a8_exec* exec, const a8_batch* batch, uint32_t phases);
+A8_EXPORT int32_t a8_read_tensors(const a8_interpreter* python, void* params, void* grads, uint32_t count,
+                                  int64_t* facts, uint32_t fact_count, uint64_t* addresses, uint32_t learns);
+A8_EXPORT int32_t a8_read_values(const a8_interpreter* python, void* dicts, uint32_t count, void* values,
+                                 uint32_t value_count);
 #endif

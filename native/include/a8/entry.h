@@ -40,6 +40,7 @@ inline int32_t fill_info(a8_info* info, const char* backend, uint32_t ops) {
   info->sizeof_batch = sizeof(a8_batch);
   info->sizeof_codec = sizeof(a8_codec);
   info->sizeof_schedule = sizeof(a8_schedule);
+  info->sizeof_interpreter = sizeof(a8_interpreter);
   info->chunk = A8_CHUNK;
   info->tile_rows = A8_TILE_ROWS;
   info->tile_cols = A8_TILE_COLS;

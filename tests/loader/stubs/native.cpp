@@ -51,6 +51,7 @@ A8_EXPORT int32_t a8_get_info(a8_info* info) {
   info->sizeof_batch = sizeof(a8_batch);
   info->sizeof_codec = sizeof(a8_codec);
   info->sizeof_schedule = sizeof(a8_schedule);
+  info->sizeof_interpreter = sizeof(a8_interpreter);
   info->chunk = STUB_CHUNK;
   info->tile_rows = A8_TILE_ROWS;
   info->tile_cols = A8_TILE_COLS;
