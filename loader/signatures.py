@@ -42,6 +42,12 @@ SIGNATURES: tuple[Signature, ...] = (
     Signature("a8_derive", _STATUS, (_EXEC, POINTER(Schedule), POINTER(Hyper), c_uint32, c_uint32), Op.ELEMENTWISE),
     Signature("a8_screen", _STATUS, (_EXEC, POINTER(Batch), c_void_p, c_void_p), Op.ELEMENTWISE),
     Signature("a8_elementwise", _STATUS, (_EXEC, POINTER(Batch), c_uint32), Op.ELEMENTWISE),
+    Signature(
+        "a8_draw",
+        _STATUS,
+        (_EXEC, c_void_p, c_int64, c_uint32, c_void_p, c_void_p, c_int64, c_uint32, c_uint32, c_uint32),
+        Op.ADAFACTOR,
+    ),
     Signature("a8_adafactor", _STATUS, (_EXEC, POINTER(Batch), c_uint32), Op.ADAFACTOR),
     Signature(
         "a8_read_tensors",

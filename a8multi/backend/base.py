@@ -63,7 +63,7 @@ class Backend(Protocol):
     def adafactor(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
         """One Adafactor step: updates parameters and moments in place."""
 
-    def sums(self, plan: StepPlan, hypers: np.ndarray) -> list[tuple[Tensor, Tensor]]:
+    def sums(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> list[tuple[Tensor, Tensor]]:
         """Sums of the squared gradients over each row and over each column of every item, float32 [rows] and [cols].
 
         They are ``plan.factors``, which the next call with this plan overwrites: a plan is for this or for
@@ -74,6 +74,16 @@ class Backend(Protocol):
         """Adafactor's norm and apply phases with other factors in the place of those of 1 / sqrt(v).
 
         They are ``plan.factors``: what the caller has written there, and 1 where it has written nothing.
+        """
+
+    def draw(self, matrix: Tensor, taken: Tensor, before: Tensor | None, gap: int, seed: int, noise_id: int) -> None:
+        """Writes APOLLO's random matrix for a parameter that has taken so many steps.
+
+        Args:
+            matrix: float32 or bfloat16, contiguous.
+            taken: int64 0-d on the device of ``matrix``; the matrix is that of interval ``taken // gap``.
+            before: the ``taken`` of which ``matrix`` is: when its interval is the same, nothing is done. None: of none.
+            noise_id: which of the seed's matrices.
         """
 
     def quantize(

@@ -19,7 +19,7 @@ from torch import Tensor
 from a8multi.errors import BackendUnavailable
 from a8multi.loader import flatten, geometry, structs
 from a8multi.plan import Live, StepPlan
-from a8multi.plan.step_plan import has_norm
+from a8multi.plan.step_plan import DTYPES, has_norm
 from a8multi.quant.formats import StateFormat
 
 from . import marshal
@@ -53,6 +53,7 @@ _KERNELS = {
     ),
     "totals": ("totals",),
     "codec": ("quantize", "dequantize"),
+    "draw": ("draw",),
     "schedule": ("derive",),
     "screen": ("screen",),
 }
@@ -161,9 +162,9 @@ class CupyBackend:
     def adafactor(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
         self._adafactor(plan, self._batch(plan, hypers, live), marshal.scratch_of(plan, live), plan.phases)
 
-    def sums(self, plan: StepPlan, hypers: np.ndarray) -> list[tuple[Tensor, Tensor]]:
+    def sums(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> list[tuple[Tensor, Tensor]]:
         factors = plan.factors
-        self._adafactor(plan, self._batch(plan, hypers, None), plan.scratch, structs.Phase.REDUCE)
+        self._adafactor(plan, self._batch(plan, hypers, live), plan.scratch, structs.Phase.REDUCE)
         return factors
 
     def adafactor_scaled(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
@@ -203,6 +204,14 @@ class CupyBackend:
             for asked, name, grid, more in launches:
                 if grid and asked & phases:
                     self._run(name, grid, batch, np.uint64(scratch.data_ptr()), *map(np.uint32, more))
+
+    def draw(self, matrix: Tensor, taken: Tensor, before: Tensor | None, gap: int, seed: int, noise_id: int) -> None:
+        array = np.uint64(matrix.data_ptr()), np.int64(matrix.numel()), np.uint32(DTYPES[matrix.dtype])
+        counters = np.uint64(taken.data_ptr()), np.uint64(0 if before is None else before.data_ptr())
+        numbers = np.int64(gap), np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32), np.uint32(noise_id)
+        pairs = (matrix.numel() + 1) // 2
+        grid = min(-(-pairs // self._threads), _MAX_GRID)
+        self._launch("draw", matrix.device, grid, *array, *counters, *numbers)
 
     def quantize(
         self,

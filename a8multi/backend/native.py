@@ -13,7 +13,7 @@ from a8multi import settings
 from a8multi.errors import BackendUnavailable, NativeError
 from a8multi.loader import Library, load, structs
 from a8multi.plan import Live, StepPlan
-from a8multi.plan.step_plan import has_norm
+from a8multi.plan.step_plan import DTYPES, has_norm
 from a8multi.quant.formats import StateFormat
 
 from . import marshal
@@ -111,14 +111,19 @@ class NativeBackend:
     def adafactor(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
         self._step("a8_adafactor", plan, hypers, live, int(plan.phases), scratch=marshal.scratch_of(plan, live))
 
-    def sums(self, plan: StepPlan, hypers: np.ndarray) -> list[tuple[Tensor, Tensor]]:
+    def sums(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> list[tuple[Tensor, Tensor]]:
         factors = plan.factors
-        self._step("a8_adafactor", plan, hypers, None, int(structs.Phase.REDUCE), scratch=plan.scratch)
+        self._step("a8_adafactor", plan, hypers, live, int(structs.Phase.REDUCE), scratch=plan.scratch)
         return factors
 
     def adafactor_scaled(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
         phases = int(structs.Phase.NORM | structs.Phase.APPLY)
         self._step("a8_adafactor", plan, hypers, live, phases, scratch=plan.scratch)
+
+    def draw(self, matrix: Tensor, taken: Tensor, before: Tensor | None, gap: int, seed: int, noise_id: int) -> None:
+        counters = taken.data_ptr(), None if before is None else before.data_ptr()
+        array = matrix.data_ptr(), matrix.numel(), DTYPES[matrix.dtype]
+        self._call("a8_draw", matrix.device, *array, *counters, gap, seed & 0xFFFFFFFF, seed >> 32, noise_id)
 
     def quantize(
         self,

@@ -46,7 +46,7 @@ class TorchBackend:
         _run(torch_adafactor.update, plan, hypers, live)
 
     @torch.no_grad()
-    def sums(self, plan: StepPlan, hypers: np.ndarray) -> list[tuple[Tensor, Tensor]]:
+    def sums(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> list[tuple[Tensor, Tensor]]:
         for item, grad, places in zip(plan.items, plan.grads, plan.factors, strict=True):
             for place, sums in zip(places, torch_adafactor.sums(item, grad), strict=True):
                 place.copy_(sums)
@@ -67,6 +67,13 @@ class TorchBackend:
     ) -> None:
         for grad in plan.grads:
             found.masked_fill_(~torch_step.screened(grad, scale), 1.0)
+
+    @torch.no_grad()
+    def draw(self, matrix: Tensor, taken: Tensor, before: Tensor | None, gap: int, seed: int, noise_id: int) -> None:
+        interval = int(taken) // gap
+        if before is None or int(before) // gap != interval:
+            drawn = formats.random_integers(seed, interval, noise_id, matrix.numel(), matrix.device)
+            matrix.copy_(drawn.view(matrix.shape))
 
     @torch.no_grad()
     def quantize(

@@ -119,6 +119,18 @@ def noise_halves(key: Noise, start: int, count: int, device: torch.device) -> Te
     return torch.stack(((x & 0xFFFF).to(torch.int32), (x >> 16).to(torch.int32)), dim=-1).view(-1)[:count]
 
 
+def random_integers(seed: int, interval: int, noise_id: int, count: int, device: torch.device) -> Tensor:
+    """``a8_draw_pair``: nearly normal integers from -8 to 8, of variance 4, int32 [count].
+
+    Each is the number of ones in 16 random bits, less 8.
+    """
+    halves = noise_halves(noise_key(seed, interval, noise_id), 0, count, device)
+    halves = halves - (halves >> 1 & 0x5555)
+    halves = (halves & 0x3333) + (halves >> 2 & 0x3333)
+    halves = halves + (halves >> 4) & 0x0F0F
+    return (halves + (halves >> 8) & 0x1F) - 8
+
+
 def offsets(phase: int, start: int, count: int, device: torch.device) -> Tensor:
     """``a8_offset`` of ``count`` elements from number ``start`` on: numbers in [1, 2), float32 [count]."""
     elements = torch.arange(count, dtype=torch.int64, device=device)

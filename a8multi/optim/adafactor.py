@@ -81,8 +81,8 @@ class Adafactor8bit(ProjectedOptimizer):
         stochastic_rounding: of log8 codes, see :class:`AdamW8bit`.
         stochastic_rounding_writeback: round bfloat16 and float16 parameters stochastically when they are written.
         seed: of the noise, 0 to 2**64 - 1.
-        capturable: steps may be captured in a CUDA graph, see :class:`AdamW8bit`. ``beta2_decay`` and ``relative_step``
-            go on from replay to replay.
+        capturable: steps may be captured in a CUDA graph, see :class:`AdamW8bit`. ``beta2_decay``, ``relative_step``
+            and APOLLO's projections go on from replay to replay.
         skip_nonfinite: see :class:`AdamW8bit`.
         apollo_rank: of APOLLO's projection, for parameters of two or more dimensions; 0: no projection. One above the
             smaller dimension of a matrix is lowered to it.

@@ -11,13 +11,14 @@ import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from a8multi.backend.base import Backend
 from a8multi.backend.registry import backend_for
 from a8multi.loader.structs import Flag, RuleKind
-from a8multi.plan import Item, Moments, Schedule, StepPlan, matrix_shape
+from a8multi.plan import Item, Live, Moments, Schedule, StepPlan, matrix_shape
 from a8multi.plan.step_plan import DTYPES
 
 from . import state as state_of
@@ -291,7 +292,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
             check_lr(group["lr"])
         screen = self._screen_of(works)
         flags = {} if screen is None else screen.found
-        tables = [hypers_of(work, self._hyper, self._schedule, capturing, flags.get(work.device)) for work in works]
+        tables = [self._tables(work, capturing, flags.get(work.device)) for work in works]
         for work in works:
             work.plan.skip = flags.get(work.device)
             work.plan.grads = work.planned(work.grads)
@@ -306,6 +307,9 @@ class LowBitOptimizer(torch.optim.Optimizer):
                 work.plan.grads, work.plan.addresses = [], None
         roster.count_steps()
 
+    def _tables(self, work: Work, capturing: bool, skip: Tensor | None) -> tuple[np.ndarray, Live | None]:
+        return hypers_of(work, self._hyper, self._schedule, capturing, skip)
+
     def _screen_of(self, works: list[Work]) -> Screen | None:
         """The flags of the devices, where steps may be skipped."""
         if not self._step_supports_amp_scaling:
@@ -319,12 +323,18 @@ class LowBitOptimizer(torch.optim.Optimizer):
         # GradScaler sets both before a step and deletes them after it.
         given = getattr(self, "grad_scale", None)
         screen.begin(getattr(self, "found_inf", None))
-        for work, backend, (hypers, live) in runs:
+        for work, backend, table in runs:
             scale = None if given is None else given.to(work.device, torch.float32)
-            if work.plan.items:
-                backend.screen(work.plan, scale, screen.found[work.device], hypers, *(() if live is None else (live,)))
-            screen.look_at(work, scale)
+            self._look_at(screen, work, backend, scale, table)
         screen.end()
+
+    def _look_at(
+        self, screen: Screen, work: Work, backend: Backend, scale: Tensor | None, table: tuple[np.ndarray, Live | None]
+    ) -> None:
+        """Divide and look at the gradients of one device."""
+        if work.plan.items:
+            backend.screen(work.plan, scale, screen.found[work.device], *table)
+        screen.look_at(work.device, [work.grads[i] for i in work.strided], scale)
 
     def _run(self, work: Work, backend: Backend, hypers: Any, *more: Any) -> None:
         plan, run = work.plan, getattr(backend, self._op)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from a8multi.plan import Moments, MomentSpec, Schedule, matrix_shape
 from .base import LowBitOptimizer, check_flag, check_number
 from .elementwise import averages, moment_spec
 from .hypers import hypers_of
-from .projection import Drawn, Projection, Projector
+from .projection import Drawn, Projection, Projector, Table, Tables
 from .roster import Group, Work
+from .screen import Screen
 
 _SCALE_TYPES = ("channel", "tensor")
 # So that 1 / eps does not bound the scales.
@@ -49,12 +51,6 @@ class ProjectedOptimizer(LowBitOptimizer):
                 f"beta3={group['beta3']!r} and apollo_rank={group['apollo_rank']!r} exclude each other: CAME needs the "
                 f"whole gradient's statistics"
             )
-        for name in ("capturable", "skip_nonfinite"):
-            if group[name]:
-                raise ValueError(
-                    f"{name} is not available with apollo_rank={group['apollo_rank']!r}: the host draws the projection "
-                    f"by the number of steps, which would be known to the device only"
-                )
 
     def _is_projected(self, group: Group, param: Tensor) -> bool:
         return bool(group["apollo_rank"]) and param.ndim >= 2
@@ -115,14 +111,15 @@ class ProjectedOptimizer(LowBitOptimizer):
         super()._plan(work, capturing)
         work.projection, work.drawn = None, Drawn()
         self._warn_of_rank(work)
-        flat = [i for i in work.projected if work.params[i].is_contiguous() and work.grads[i].is_contiguous()]
-        if flat:
-            work.projection = self._projection(work, flat, [work.params[i] for i in flat])
 
     def _projection(self, work: Work, indices: list[int], params: list[Tensor]) -> Projection:
         items = [self._item(work, i, param) for i, param in zip(indices, params, strict=True)]
         projectors = [self._projector(work.groups[i], work.params[i].shape) for i in indices]
-        return Projection(work.device, work.drawn, indices, items, projectors)
+        return Projection(work.device, indices, items, projectors)
+
+    def _projection_of_contiguous(self, work: Work) -> Projection | None:
+        flat = [i for i in work.projected if work.params[i].is_contiguous() and work.grads[i].is_contiguous()]
+        return self._projection(work, flat, [work.params[i] for i in flat]) if flat else None
 
     def _warn_of_rank(self, work: Work) -> None:
         ranks = {
@@ -136,19 +133,76 @@ class ProjectedOptimizer(LowBitOptimizer):
                 stacklevel=4,
             )
 
+    def _tables(self, work: Work, capturing: bool, skip: Tensor | None) -> Table:
+        table = super()._tables(work, capturing, skip)
+        if work.projected:
+            low = hypers_of(work, self._low_hyper, self._low_schedule, capturing, skip, lr=-1.0)
+            scaled = hypers_of(work, self._scaled_hyper, self._scaled_schedule, capturing, skip)
+            if low[1] is not None:
+                # Adam is the first to run, and moves the counters of all on.
+                for live in (scaled[1], table[1]):
+                    if live is not None:
+                        live.advance = 0
+            projection, drawn = work.projection, work.drawn
+            if capturing:
+                # The graph may outlive these, and its memory is of no use to a step outside of it.
+                projection, drawn = self._projection_of_contiguous(work), Drawn()
+            elif projection is None:
+                projection = work.projection = self._projection_of_contiguous(work)
+            work.projecting = _Projecting(projection, drawn, Tables(low, scaled, _steps_taken(work)))
+        return table
+
+    def _look_at(self, screen: Screen, work: Work, backend: Backend, scale: Tensor | None, table: Table) -> None:
+        super()._look_at(screen, work, backend, scale, table)
+        if work.projected:
+            step: _Projecting = work.projecting
+            if step.projection is not None:
+                step.projection.screen(backend, work, scale, screen.found[work.device], step.tables)
+            screen.look_at(work.device, [work.grads[i] for i in step.apart(work)], scale)
+
     def _run(self, work: Work, backend: Backend, hypers: np.ndarray, *more: Any) -> None:
         # Before the base class counts the parameters as written.
         if work.projected:
-            low, _ = hypers_of(work, self._low_hyper, self._low_schedule, False, lr=-1.0)
-            scaled, live = hypers_of(work, self._scaled_hyper, self._scaled_schedule, False)
-            planned = work.projection.members if work.projection is not None else []
-            if work.projection is not None:
-                work.projection.run(backend, work, low, scaled, live)
-            apart = set(work.projected) - set(planned) if len(planned) < len(work.projected) else ()
-            for index in apart:
+            step: _Projecting = work.projecting
+            work.projecting = None
+            if step.projection is not None:
+                step.projection.run(backend, work, step.tables, step.drawn)
+            for index in step.apart(work):
                 param = work.params[index]
                 copy = param.contiguous()
-                self._projection(work, [index], [copy]).run(backend, work, low, scaled, live)
+                self._projection(work, [index], [copy]).run(backend, work, step.tables, step.drawn)
                 if copy is not param:
                     param.copy_(copy)
+            for live in more:
+                live.staged_bytes += step.tables.staged_bytes()
         super()._run(work, backend, hypers, *more)
+
+
+@dataclass
+class _Projecting:
+    """One step of the projected parameters of a work.
+
+    Attributes:
+        projection: of those that are contiguous; None: there are none.
+        drawn: random matrices in memory that lives as long as the projection's.
+        tables: hyper-parameters.
+    """
+
+    projection: Projection | None
+    drawn: Drawn
+    tables: Tables
+
+    def apart(self, work: Work) -> list[int]:
+        """The projected parameters that have no place in the projection."""
+        planned = self.projection.members if self.projection is not None else []
+        return [] if len(planned) == len(work.projected) else sorted({*work.projected} - {*planned})
+
+
+def _steps_taken(work: Work) -> list[int | Tensor]:
+    """Of every row. What the device counts is copied, for the step moves the counters on."""
+    taken = [step for _, step, _ in work.row_keys]
+    counters = {row: step for row in {work.rows[i] for i in work.projected} if isinstance(step := taken[row], Tensor)}
+    if counters:
+        for row, copy in zip(counters, torch.stack(list(counters.values())).unbind(), strict=True):
+            taken[row] = copy
+    return taken

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from a8multi.backend.base import Backend
-from a8multi.backend.torch_formats import noise_halves, noise_key
 from a8multi.loader.structs import BatchHint, RuleKind
 from a8multi.plan import Item, Live, Moments, MomentSpec, StepPlan
 from a8multi.plan.step_plan import HYPER
@@ -87,33 +86,61 @@ class Projector:
         return torch.Size((self.rows, self.rank) if self.per_row else (self.rank, self.cols))
 
 
+# A table of hyper-parameters, and what of it lives on the device.
+Table = tuple[np.ndarray, Live | None]
+
+
+@dataclass
+class Tables:
+    """What a step needs to know besides the gradients, in the rows of its work.
+
+    Attributes:
+        low: hyper-parameters of Adam on the projected gradients.
+        scaled: of the parameters.
+        taken: steps taken before this one, those counted on the device as int64 0-d in memory that stays as it is.
+    """
+
+    low: Table
+    scaled: Table
+    taken: list[int | Tensor]
+
+    def staged_bytes(self) -> int:
+        """Of the tables that a capture would have to copy."""
+        return sum(live.staged_bytes for _, live in (self.low, self.scaled) if live is not None)
+
+
 class Drawn:
-    """The random matrices in use: of each size the last one drawn, for it is wanted until the next takes its place."""
+    """The random matrices in use: of each size the last one drawn, for it is wanted until the next takes its place.
+
+    They hold independent, nearly normal integers from -8 to 8: two times normal with variance 1. Integers are exact in
+    every type and the same on every device, where a normal generator is neither. All matrices of one size and interval
+    share one, so it is kept: of a model with hidden size 2048 and rank 256, 1 MB in bfloat16. The paper's has variance
+    1 / rank; but for eps its scale does not matter: Adam's update knows none, and s is the ratio of two norms, of which
+    that of R is scaled back.
+    """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[Any, ...], tuple[int, Tensor]] = {}
+        self._kept: dict[tuple[Any, ...], tuple[Tensor, int | Tensor]] = {}
 
-    def matrix(self, epoch: int, seed: int, *size: Any) -> Tensor:
-        """P of an interval, [rank, projected dimension]. size: rank, projected dimension, dtype and device."""
-        kept = self._kept.get((seed, *size))
-        if kept is None or kept[0] != epoch:
-            kept = self._kept[(seed, *size)] = epoch, _random_matrix(seed, epoch, *size)
-        return kept[1]
+    def matrix(self, backend: Backend, taken: int | Tensor, gap: int, seed: int, *size: Any) -> Tensor:
+        """P of the interval in which a parameter is, [rank, projected dimension]. The next call may overwrite it.
 
-
-def _random_matrix(seed: int, epoch: int, rank: int, wide: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A matrix of independent, nearly normal integers from -8 to 8: two times normal with variance 1.
-
-    Each is the number of ones in 16 random bits, less 8: exact in every type and the same on every device, where a
-    normal generator is neither. All matrices of one size and interval share it, so it is kept: of a model with hidden
-    size 2048 and rank 256, 1 MB in bfloat16. The paper's has variance 1 / rank; but for eps its scale does not matter:
-    Adam's update knows none, and s is the ratio of two norms, of which that of R is scaled back.
-    """
-    halves = noise_halves(noise_key(seed, epoch, wide), 0, rank * wide, device)
-    halves = halves - (halves >> 1 & 0x5555)
-    halves = (halves & 0x3333) + (halves >> 2 & 0x3333)
-    halves = halves + (halves >> 4) & 0x0F0F
-    return ((halves + (halves >> 8) & 0x1F) - 8).to(dtype).view(rank, wide)
+        Args:
+            taken: steps; int64 0-d where the device counts them, in memory that keeps its value until the next call.
+            size: rank, projected dimension, dtype and device.
+        """
+        key = (gap, seed, *size)
+        rank, wide, dtype, device = size
+        matrix, before = self._kept.get(key, (None, None))
+        if matrix is None:
+            matrix = torch.empty((rank, wide), dtype=dtype, device=device)
+        if isinstance(taken, Tensor):
+            backend.draw(matrix, taken, before if isinstance(before, Tensor) else None, gap, seed, wide)
+        elif not isinstance(before, int) or before // gap != taken // gap:
+            counter = torch.full((), taken, dtype=torch.int64, device=device)
+            backend.draw(matrix, counter, None, gap, seed, wide)
+        self._kept[key] = matrix, taken
+        return matrix
 
 
 def _in_waves(sizes: Sequence[int]) -> list[list[int]]:
@@ -137,7 +164,6 @@ class Projection:
 
     Args:
         device: of them.
-        drawn: the random matrices.
         members: their indices in the work.
         items: of each; ``moments`` are those of the projected gradient.
         projectors: of each.
@@ -146,12 +172,10 @@ class Projection:
     def __init__(
         self,
         device: torch.device,
-        drawn: Drawn,
         members: Sequence[int],
         items: Sequence[Item],
         projectors: Sequence[Projector],
     ) -> None:
-        self._drawn = drawn
         self.members = list(members)
         sizes = [projector.room for projector in projectors]
         waves = _in_waves(sizes)
@@ -167,22 +191,25 @@ class Projection:
         self._main = StepPlan(device, [replace(item, moments=_LIMITED) for item in limited])
         self._places = [p.side_of(factors) for p, factors in zip(projectors, self._main.factors, strict=True)]
 
-    def run(self, backend: Backend, work: Work, low: np.ndarray, scaled: np.ndarray, live: Live | None) -> None:
-        """One step of all.
-
-        Args:
-            low: hyper-parameters of Adam on the projected gradients; scaled: of the parameters, and ``live`` what of
-                them lives on the device; both in the rows of ``work``.
-        """
-        taken: list[Any] = [step for _, step, _ in work.row_keys]  # integers for all that are projected
-        steps = [taken[work.rows[i]] for i in self.members]
-        grads = [work.grads[i].contiguous() for i in self.members]
-        for wave, plans in self._waves:
-            plans.run(backend, [grads[i] for i in wave], [steps[i] for i in wave], self._drawn, low)
-        self._put_scales()
-        self._main.grads = grads
+    def screen(self, backend: Backend, work: Work, scale: Tensor | None, found: Tensor, tables: Tables) -> None:
+        """Looks at the gradients, as ``Backend.screen``."""
+        self._main.grads = [work.grads[i] for i in self.members]
         try:
-            backend.adafactor_scaled(self._main, scaled, live)
+            backend.screen(self._main, scale, found, *tables.scaled)
+        finally:
+            self._main.grads = []
+
+    def run(self, backend: Backend, work: Work, tables: Tables, drawn: Drawn) -> None:
+        """One step of all."""
+        steps = [tables.taken[work.rows[i]] for i in self.members]
+        grads = [work.grads[i].contiguous() for i in self.members]
+        skip = work.plan.skip
+        for wave, plans in self._waves:
+            plans.run(backend, [grads[i] for i in wave], [steps[i] for i in wave], drawn, tables.low, skip)
+        self._put_scales()
+        self._main.grads, self._main.skip = grads, skip
+        try:
+            backend.adafactor_scaled(self._main, *tables.scaled)
         finally:
             self._main.grads = []
 
@@ -267,8 +294,8 @@ class _Wave:
         of_low = [_matrix(replace(item, hyper=0), none, *item.param.shape) for item in inner]
         self._sums = StepPlan(device, of_low + [replace(item, grad_dtype=torch.float32) for item in of_low])
         self._sums.grads = self._low + [item.param for item in inner]
-        self._sums.scratch.zero_()  # not all of a half is written, and all is read
         factors = self._sums.factors
+        self._sums.scratch.zero_()  # not all of a half is written, and all is read
         half = int(self._sums.tensors["row_at"][len(items)])
         self.above = self._sums.scratch[half:]
         self.below = self._sums.scratch[: len(self.above)]
@@ -280,26 +307,36 @@ class _Wave:
         self._whole = [p.side_of(pair) for p, pair in zip([*projectors] * 2, factors, strict=True) if p.whole]
 
     def run(
-        self, backend: Backend, grads: list[Tensor], steps: list[int], drawn: Drawn, low_hypers: np.ndarray
+        self,
+        backend: Backend,
+        grads: list[Tensor],
+        steps: list[int | Tensor],
+        drawn: Drawn,
+        low: Table,
+        skip: Tensor | None,
     ) -> None:
         """To the sums, with the gradients of the matrices and the steps taken before this one."""
-        self._project(grads, steps, drawn)
+        self._project(backend, grads, steps, drawn)
         self._updates.zero_()
         for method, plan in self._adam:
-            getattr(backend, method)(plan, low_hypers)
-        backend.sums(self._sums, _NO_HYPERS)
+            plan.skip = skip
+            getattr(backend, method)(plan, *low)
+        # A step that lives on the device may be captured, and then needs tables of the graph's.
+        backend.sums(self._sums, *(low if low[1] is not None else (_NO_HYPERS,)))
         for sums in self._whole:
             sums.copy_(sums.sum())
 
-    def _project(self, grads: list[Tensor], steps: list[int], drawn: Drawn) -> None:
-        """R of every gradient, in the units of P (see ``_random_matrix``)."""
+    def _project(self, backend: Backend, grads: list[Tensor], steps: list[int | Tensor], drawn: Drawn) -> None:
+        """R of every gradient, in the units of P (see ``Drawn``)."""
         for (per_row, gap, size), members in self._products.items():
-            epoch = -1
+            interval: int | None = None  # of the matrix at hand; None: there is none, or only the device knows
             for i in members:
-                if steps[i] // gap != epoch:
-                    epoch = steps[i] // gap
-                    matrix = drawn.matrix(epoch, *size)
+                taken = steps[i]
+                wanted = None if isinstance(taken, Tensor) else taken // gap
+                if wanted is None or wanted != interval:
+                    matrix = drawn.matrix(backend, taken, gap, *size)
                     matrix = matrix.t() if per_row else matrix
+                interval = wanted
                 grad = grads[i] if grads[i].ndim == 2 else grads[i].view(self._shapes[i])
                 if grad.dtype is not matrix.dtype:
                     grad = grad.to(matrix.dtype)

@@ -38,12 +38,14 @@ class Work:
         outlines: what hypers.py keeps of the table of hyper-parameters while no option changes.
         plan: of all but those two; set when everything has been checked.
         projection, drawn: the plans of the projected ones, and their random matrices; None: there are none.
+        projecting: while a step runs, what the projected ones take for it.
         native: whether a native library updates them, and so may read them too.
     """
 
     plan: StepPlan
     projection: Any = None
     drawn: Any = None
+    projecting: Any = None
     native = False
     _reader: TensorReader | None = None
 

@@ -1,6 +1,6 @@
 """Skipping a step whose gradients are not all finite, decided on the device and never read back.
 
-Receives the works of a step; each device gets a flag that its kernels look at before they write (``StepPlan.skip``).
+Each device of a step gets a flag that its kernels look at before they write (``StepPlan.skip``).
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-
-from .roster import Work
 
 
 class Screen:
@@ -32,11 +30,10 @@ class Screen:
             else:
                 flag.copy_(found.reshape(()))
 
-    def look_at(self, work: Work, scale: Tensor | None) -> None:
-        """Divide and look at the gradients that belong to no plan, because they or their parameters are strided."""
-        flag = self.found[work.device]
-        for index in work.strided:
-            grad = work.grads[index]
+    def look_at(self, device: torch.device, grads: Iterable[Tensor], scale: Tensor | None) -> None:
+        """Divide and look at gradients that belong to no plan, because they or their parameters are strided."""
+        flag = self.found[device]
+        for grad in grads:
             if scale is not None:
                 grad.copy_(grad.float().div_(scale))
             torch.maximum(flag, grad.isfinite().all().logical_not_().float(), out=flag)

@@ -155,9 +155,10 @@ class StepPlan:
         After the reduce phase sums of g^2, after the moments phase factors of 1 / sqrt(v). Ones at first.
         """
         found = []
+        scratch = self.scratch.fill_(1.0)
         for record in self.tensors:
             sides = ((int(record["row_at"]), int(record["rows"])), (int(record["col_at"]), int(record["cols"])))
-            rows, cols = (self.scratch[at : at + length].fill_(1.0) for at, length in sides)
+            rows, cols = (scratch[at : at + length] for at, length in sides)
             found.append((rows, cols))
         return found
 

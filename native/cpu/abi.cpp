@@ -1,5 +1,6 @@
 // The C entries of the CPU library: check every argument, choose the kernels, run. Nothing is written before all of a
 // batch has been checked. Declarations and their promises: a8/abi.h.
+#include "a8/draw.h"
 #include "a8/entry.h"
 #include "a8/rules.h"
 #include "a8/schedule.h"
@@ -239,6 +240,29 @@ A8_EXPORT int32_t a8_derive(a8_exec* exec, const a8_schedule* from, a8_hyper* to
       if (!from[i].step) continue;
       if (!from[i].skip || *from[i].skip == 0.0f) *from[i].step += advance;
       a8_derive_row(&from[i], *from[i].step, &to[i]);
+    }
+    return (int32_t)A8_OK;
+  });
+}
+
+A8_EXPORT int32_t a8_draw(a8_exec* exec, void* values, int64_t numel, uint32_t dtype, const int64_t* taken,
+                          const int64_t* before, int64_t gap, uint32_t seed_low, uint32_t seed_high,
+                          uint32_t noise_id) {
+  return guarded([&] {
+    if (int32_t status = check_draw(exec, values, numel, dtype, taken, before, gap)) return status;
+    exec->isa_ran = 0;
+    int64_t interval = *taken / gap;
+    if (before && *before / gap == interval) return (int32_t)A8_OK;
+    a8_noise key = a8_noise_key(seed_low, seed_high, (uint32_t)interval, noise_id);
+    for (int64_t e = 0; e < numel; e += 2) {
+      float x[2];
+      a8_draw_pair(key, (uint32_t)(e / 2), &x[0], &x[1]);
+      for (int i = 0; i < 2 && e + i < numel; ++i) {
+        if (dtype == A8_F32)
+          static_cast<float*>(values)[e + i] = x[i];
+        else
+          static_cast<uint16_t*>(values)[e + i] = (uint16_t)(a8_bits(x[i]) >> 16);
+      }
     }
     return (int32_t)A8_OK;
   });

@@ -7,6 +7,7 @@
 #include "kernels/adafactor.cuh"
 #include "kernels/adam.cuh"
 #include "kernels/codec.cuh"
+#include "kernels/draw.cuh"
 #include "kernels/element.cuh"
 #include "kernels/measure.cuh"
 #include "kernels/momentum.cuh"
@@ -282,6 +283,19 @@ A8_EXPORT int32_t a8_derive(a8_exec* exec, const a8_schedule* from, a8_hyper* to
   if (count == 0) return A8_OK;
   return on_device(exec, "deriving the hyper-parameters", [&](cudaStream_t stream) {
     a8_derive_kernel<<<(count - 1) / A8_THREADS + 1, A8_THREADS, 0, stream>>>(from, to, count, advance);
+    return cudaGetLastError();
+  });
+}
+
+A8_EXPORT int32_t a8_draw(a8_exec* exec, void* values, int64_t numel, uint32_t dtype, const int64_t* taken,
+                          const int64_t* before, int64_t gap, uint32_t seed_low, uint32_t seed_high,
+                          uint32_t noise_id) {
+  a8_message[0] = 0;
+  if (int32_t status = check_draw(exec, values, numel, dtype, taken, before, gap)) return status;
+  if (numel == 0) return A8_OK;
+  return on_device(exec, "drawing a random matrix", [&](cudaStream_t stream) {
+    a8_draw_kernel<<<grid_for((numel + 1) / 2, A8_THREADS), A8_THREADS, 0, stream>>>(
+        values, numel, dtype, taken, before, gap, seed_low, seed_high, noise_id);
     return cudaGetLastError();
   });
 }

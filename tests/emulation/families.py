@@ -175,6 +175,13 @@ def vector_cases(firsts: tuple[str, ...], limited: bool = False) -> tuple[Case, 
             for j in range(4)
         ),
         *(case(5000, 3, first, block=block) for first in firsts[:2] for block in (32, 64, 256, 1024, 4096)),
+        # The usual block, which has loops of its own.
+        *(case(n, k, first, block=128, dtype=d) for k, (n, first, d) in enumerate(product((40, 2600), firsts, DTYPES))),
+        *(
+            case(1664, 3, first, block=128, dtype=d, grad=g, scale=scale, odd=scale == 1.0)
+            for first in firsts[:2]
+            for d, g, scale in ((F32, F32, 1e-18), (BF16, F32, 1e18), (BF16, BF16, 1.0))
+        ),
         *(
             case(1664, 3, first, dtype=d, scale=scale)
             for d in (F32, BF16)

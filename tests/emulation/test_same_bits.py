@@ -129,6 +129,21 @@ def test_codec(emulated: Callable[[int], Library], architecture: int) -> None:
         assert not wrong, (fmt.name, dtype, n, block, skew, stochastic, wrong)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draw(emulated: Callable[[int], Library], dtype: torch.dtype) -> None:
+    """Another interval, the same one, and none before; sizes that fill no pair, and more than a grid."""
+    for numel, skew in ((1, 0), (1023, 1), (8192 * 256 * 2 + 3, 0)):
+        for taken, before in ((20, None), (20, 9), (20, 14)):
+            made = []
+            for backend in _backends(emulated, 900):
+                matrix = placed("matrix", torch.full((numel,), 99.0, dtype=dtype), skew)
+                counter = None if before is None else torch.tensor(before)
+                backend.draw(matrix.data, torch.tensor(taken), counter, 7, 0xABCDEF0123, 300)
+                made.append(matrix)
+            assert not (what := differ(*made)), (numel, skew, before, what)
+            assert bool((made[1].data != 99.0).all()) is (before != 14)
+
+
 @pytest.mark.parametrize("scale", [None, 8.0, 1e-35])
 def test_screen(emulated: Callable[[int], Library], scale: float | None) -> None:
     """Gradients are divided, and it is told whether one is not finite afterwards."""

@@ -3,6 +3,7 @@
 import ctypes
 import re
 import subprocess
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -95,17 +96,21 @@ def test_version_is_the_headers() -> None:
 def test_prototypes_are_the_headers() -> None:
     ours = []
     names = {ctypes.POINTER(struct): f"a8_{name}*" for name, struct in structs.STRUCTS.items()}
-    names |= {ctypes.c_int32: "int32_t", ctypes.c_uint32: "uint32_t"}
-    names |= {ctypes.c_char_p: "char*", ctypes.c_void_p: "float*", ctypes.py_object: "void*"}
+    names |= {ctypes.c_int32: "int32_t", ctypes.c_uint32: "uint32_t", ctypes.c_int64: "int64_t"}
+    names |= {ctypes.c_char_p: "char*", ctypes.c_void_p: "address", ctypes.py_object: "void*"}
     names |= {ctypes.POINTER(ctypes.c_int64): "int64_t*", ctypes.POINTER(ctypes.c_uint64): "uint64_t*"}
     for entry in signatures.SIGNATURES:
         arguments = ", ".join(names[kind] for kind in entry.argtypes) or "void"
         ours.append(f"{names[entry.restype]} {entry.name}({arguments})")
     header = []
+    argtypes = {entry.name: entry.argtypes for entry in signatures.SIGNATURES}
     for result, name, arguments in re.findall(
         r"^A8_EXPORT ([\w *]+?) (a8_\w+)\((.*?)\);", HEADER, re.MULTILINE | re.DOTALL
     ):
         kinds = [re.sub(r" \w+$", "", argument.strip()) for argument in arguments.split(",")]
+        # Of what type an address is that is passed as a number, Python does not say.
+        given = zip_longest(map(str, kinds), argtypes.get(name, ()))
+        kinds = ["address" if kind is ctypes.c_void_p and said.endswith("*") else said for said, kind in given]
         header.append(f"{result} {name}({', '.join(kinds)})".replace("const ", ""))
     assert ours == header
 

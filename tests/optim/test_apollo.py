@@ -16,8 +16,8 @@ from oracle import adafactor, adam, apollo
 from torch import Tensor
 
 import a8multi
+from a8multi.backend.torch_formats import random_integers
 from a8multi.optim import projection
-from a8multi.optim.projection import _random_matrix
 
 SHAPES = ((65, 300), (512, 256), (300, 64), (64, 3, 3, 3), (129,))
 GAP = 3
@@ -28,8 +28,8 @@ def _reference(param: Tensor, grad: Tensor, held: dict[str, Any], step: int, opt
     rank, lr = options["rank"], options["lr"]
     high = param.shape[0] > param.shape[1]
     p, g = (param.T, grad.double().T) if high else (param, grad.double())
-    drawn = _random_matrix(0, (step - 1) // GAP, rank, p.shape[0], torch.float32, torch.device("cpu"))
-    projection = drawn.double() / (2 * math.sqrt(rank))
+    drawn = random_integers(0, (step - 1) // GAP, p.shape[0], rank * p.shape[0], torch.device("cpu"))
+    projection = drawn.double().view(rank, -1) / (2 * math.sqrt(rank))
     if "moments" not in held:
         low = projection @ g
         held["moments"] = adam.Moments(torch.zeros_like(low), torch.zeros_like(low))
@@ -183,17 +183,20 @@ def test_only_the_last_random_matrix_of_a_size_is_kept() -> None:
     optimizer = a8multi.APOLLO8bit(params, rank=8, update_proj_gap=1)
     run(optimizer, params, range(3))
     (work,) = optimizer._roster.works.values()
-    assert sorted((size[2], epoch) for size, (epoch, _) in work.drawn._kept.items()) == [(32, 2), (64, 2)]
+    kept = {(seed, *matrix.shape): taken for (_, seed, *_), (matrix, taken) in work.drawn._kept.items()}
+    assert kept == {(0, 8, 32): 2, (0, 8, 64): 2}
 
 
 def test_the_random_matrix_is_nearly_normal() -> None:
-    cpu = torch.device("cpu")
-    drawn = _random_matrix(0, 0, 256, 2048, torch.float32, cpu)
+    def draw(seed: int, interval: int) -> Tensor:
+        return random_integers(seed, interval, 2048, 256 * 2048, torch.device("cpu")).view(256, 2048).float()
+
+    drawn = draw(0, 0)
     assert drawn.mean().abs() < 0.02
     assert abs(float(drawn.var()) - 4.0) < 0.05
-    assert torch.equal(drawn, _random_matrix(0, 0, 256, 2048, torch.bfloat16, cpu).float())
-    for other in ((0, 1, 256, 2048), (1, 0, 256, 2048)):
-        again = _random_matrix(*other, torch.float32, cpu)
+    assert torch.equal(drawn, drawn.bfloat16().float())
+    for other in ((0, 1), (1, 0)):
+        again = draw(*other)
         assert abs(float((drawn * again).mean())) < 0.05
     # Rows and columns have nothing to do with each other.
     for a, b in ((drawn[0], drawn[1]), (drawn[:, 0], drawn[:, 1]), (drawn[0, :-1], drawn[0, 1:])):
@@ -272,8 +275,6 @@ def test_what_is_not_projected_follows_adamw() -> None:
         ({"scale": 0.0}, "apollo_scale"),
         ({"eps": 0.0}, "apollo_eps"),
         ({"betas": 0.9}, "betas must be two numbers"),
-        ({"capturable": True}, "capturable is not available with apollo_rank"),
-        ({"skip_nonfinite": True}, "skip_nonfinite is not available with apollo_rank"),
         ({"beta3": 0.9999, "factored": True}, "exclude each other"),
     ],
 )

@@ -24,6 +24,7 @@ MAKES: dict[str, Callable[..., Any]] = {
     "factored, relative": a8multi.Adafactor8bit,
     "nf4": lambda params, **o: a8multi.Adafactor8bit(params, beta1=0.9, relative_step=False, **o),
     "full": lambda params, **o: a8multi.Adafactor8bit(params, factored=False, relative_step=False, beta2=0.99, **o),
+    "apollo": lambda params, **o: a8multi.APOLLO8bit(params, rank=4, update_proj_gap=3, min_8bit_size=512, **o),
 }
 makes = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES.keys())
 
@@ -63,12 +64,12 @@ def _counted(optimizer: Any, params: list[Any]) -> list[dict[str, Any]]:
 class _Pair:
     """The same model twice: stepped eagerly with numbers, and by an optimizer to be captured with a rate tensor."""
 
-    def __init__(self, make: Callable[..., Any], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, make: Callable[..., Any], dtype: torch.dtype = torch.float32, skips: bool = False) -> None:
         self.eager_params, self.params = (parameters(SHAPES, dtype, "cuda") for _ in range(2))
         self.rate = torch.tensor(_rate(0), device="cuda")
         options = {"stochastic_rounding_writeback": dtype is not torch.float32}
         self.eager = make(self.eager_params, lr=_rate(0), **options)
-        self.optimizer = make(self.params, lr=self.rate, capturable=True, **options)
+        self.optimizer = make(self.params, lr=self.rate, capturable=True, skip_nonfinite=skips, **options)
         self.grads = _static_grads(self.params)
         self.sets = [gradients(self.params, k) for k in range(5)]
 
@@ -121,6 +122,21 @@ def test_replays_eager_steps_and_other_graphs_in_turn(make: Any, backend: Backen
     _ = [torch.full((1 << 20,), 7.0, device="cuda") for _ in range(8)]  # into memory that was freed
     for number in range(14, 20):
         pair.step(number, graphs[number % 3].replay)
+    pair.assert_same()
+
+
+@compiled
+@makes
+def test_bad_replays_leave_no_trace(make: Any, backend: BackendCase) -> None:
+    """One with a bad gradient of each parameter in turn before every good one."""
+    pair = _Pair(make, skips=True)
+    pair.step(0, pair.optimizer.step)
+    graph = _captured(pair.optimizer.step)
+    for number in range(1, 13):
+        pair.grads[number % len(pair.grads)].fill_(float("inf"))
+        graph.replay()
+        pair.step(number, graph.replay)
+    assert pair.optimizer.skipped_steps == 12
     pair.assert_same()
 
 

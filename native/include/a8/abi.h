@@ -306,6 +306,9 @@ typedef struct a8_interpreter {
 // a8_derive: for each of `count` rows, adds `advance` to its counter (1, or 0 when an earlier call of the same step has done
 // so) and writes the fields that follow from the step. On a GPU every pointer is a device address, so that a captured graph
 // counts by itself.
+// a8_draw: `numel` numbers of APOLLO's random matrix, A8_F32 or A8_BF16, for parameters that have taken *taken steps: that of
+// interval *taken / gap, of noise stream `noise_id`. before: the *taken with which `values` was drawn last; when that was in the
+// same interval, nothing is written. Null: they are drawn. On a GPU both are device addresses.
 // a8_screen: divides every gradient of the batch by *scale, in place (scale null: leaves them), and sets *found to 1 when one
 // is not finite afterwards; else *found stays. Only chunks, grad, grad_dtype and numel are looked at.
 // a8_read_tensors: of a list of `count` tensors and of their gradients, which are put into a list of as many, the addresses: first the
@@ -321,6 +324,8 @@ A8_EXPORT int32_t a8_dequantize(a8_exec* exec, const a8_codec* codec);
 A8_EXPORT int32_t a8_derive(a8_exec* exec, const a8_schedule* from, a8_hyper* to, uint32_t count, uint32_t advance);
 A8_EXPORT int32_t a8_screen(a8_exec* exec, const a8_batch* batch, const float* scale, float* found);
 A8_EXPORT int32_t a8_elementwise(a8_exec* exec, const a8_batch* batch, uint32_t phases);
+A8_EXPORT int32_t a8_draw(a8_exec* exec, void* values, int64_t numel, uint32_t dtype, const int64_t* taken,
+                          const int64_t* before, int64_t gap, uint32_t seed_low, uint32_t seed_high, uint32_t noise_id);
 A8_EXPORT int32_t a8_adafactor(a8_exec* exec, const a8_batch* batch, uint32_t phases);
 A8_EXPORT int32_t a8_read_tensors(const a8_interpreter* python, void* params, void* grads, uint32_t count,
                                   int64_t* facts, uint32_t fact_count, uint64_t* addresses, uint32_t learns);

@@ -80,6 +80,18 @@ inline int32_t check_derive(const a8_exec* exec, const a8_schedule* from, const 
   return A8_OK;
 }
 
+inline int32_t check_draw(const a8_exec* exec, const void* values, int64_t numel, uint32_t dtype, const int64_t* taken,
+                          const int64_t* before, int64_t gap) {
+  if (!exec || !values || !taken) return fail(A8_ERROR_ARGUMENT, "exec, values or taken is null");
+  if (dtype != A8_F32 && dtype != A8_BF16) return fail(A8_ERROR_UNSUPPORTED, "dtype %u", dtype);
+  if (!aligned(values, dtype_bytes((uint8_t)dtype)) || !aligned(taken, 8) || !aligned(before, 8))
+    return fail(A8_ERROR_ARGUMENT, "values, taken or before is misaligned");
+  // Pairs are counted in 32 bits.
+  if (numel < 0 || numel > (1LL << 33) || gap < 1)
+    return fail(A8_ERROR_ARGUMENT, "numel %lld or gap %lld", (long long)numel, (long long)gap);
+  return A8_OK;
+}
+
 }  // namespace
 
 A8_EXPORT const char* a8_last_error(void) { return a8_message; }

@@ -84,6 +84,11 @@ A8_EXPORT int32_t a8_elementwise(a8_exec*, const a8_batch*, uint32_t) { return f
 #endif
 
 #if !defined(STUB_NO_ADAFACTOR)
+A8_EXPORT int32_t a8_draw(a8_exec*, void*, int64_t, uint32_t, const int64_t*, const int64_t*, int64_t, uint32_t,
+                          uint32_t, uint32_t) {
+  return A8_OK;
+}
+
 A8_EXPORT int32_t a8_adafactor(a8_exec* exec, const a8_batch*, uint32_t phases) {
   exec->isa_ran = phases;
   return A8_OK;
