@@ -15,7 +15,7 @@ from a8multi.loader.structs import Flag, ScheduleRule
 from a8multi.plan import Moments, MomentSpec, Schedule
 from a8multi.quant.formats import check_block_size
 
-from .base import check_flag, check_lr, check_number, check_seed
+from .checks import check_flag, check_lr, check_number, check_seed
 from .elementwise import averages, common_flags, moment_spec, options
 from .projected import ProjectedOptimizer
 from .roster import Group

@@ -11,7 +11,7 @@ from torch import Tensor
 from a8multi.loader.structs import Flag, RuleKind, ScheduleRule
 from a8multi.plan import Moments, Schedule
 
-from .base import check_number
+from .checks import check_number
 from .elementwise import SIZES, ElementwiseOptimizer, options
 from .roster import Group
 

@@ -6,8 +6,6 @@ checks the inputs, keeps the plans, calls the backend and counts the steps. Stat
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -22,6 +20,7 @@ from a8multi.plan import Item, Live, Moments, Schedule, StepPlan, matrix_shape
 from a8multi.plan.step_plan import DTYPES
 
 from . import state as state_of
+from .checks import check_lr, check_param
 from .hypers import hypers_of
 from .roster import Group, Roster, Work
 from .screen import Screen
@@ -90,7 +89,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
             group = self.param_groups[-1]
             self._check_group(group)
             for param in group["params"]:
-                _check_param(param)
+                check_param(param)
         except Exception:
             self.param_groups.pop()
             raise
@@ -360,14 +359,6 @@ class LowBitOptimizer(torch.optim.Optimizer):
             param.copy_(item.param)
 
 
-def _check_param(param: Tensor) -> None:
-    if param.is_complex():
-        raise ValueError("params: complex parameters are not supported; optimize torch.view_as_real(param) instead")
-    if param.dtype not in DTYPES:
-        known = ", ".join(str(dtype) for dtype in DTYPES)
-        raise ValueError(f"params: a parameter of {param.dtype} is not supported, only {known}")
-
-
 def _bump_versions(params: list[Tensor]) -> None:
     try:
         torch.autograd.graph.increment_version(params)
@@ -377,32 +368,3 @@ def _bump_versions(params: list[Tensor]) -> None:
 
 
 # --- Checks that the optimizers share. All name the parameter. ---
-
-
-def check_number(name: str, value: Any, least: float, below: float = math.inf, *, least_open: bool = False) -> None:
-    """Raise ValueError unless ``value`` is a finite number in [least, below)."""
-    number = float(value) if isinstance(value, (numbers.Real, Tensor)) and not isinstance(value, bool) else math.nan
-    if not (least <= number < below) or (least_open and number == least):
-        bounds = f"{'>' if least_open else '>='} {least:g}" + ("" if below == math.inf else f" and < {below:g}")
-        raise ValueError(f"{name} must be a finite number {bounds}, not {value!r}")
-
-
-def check_lr(lr: Any) -> None:
-    """Raise ValueError unless ``lr`` is a finite number >= 0, a tensor of one such, or one of any on another device."""
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one element, not of shape {tuple(lr.shape)}")
-    # To look at a number on another device is to wait for that device.
-    if not isinstance(lr, Tensor) or lr.device.type == "cpu":
-        check_number("lr", lr, 0.0)
-
-
-def check_seed(seed: Any) -> None:
-    """Raise ValueError unless ``seed`` is an integer from 0 to 2**64 - 1."""
-    if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, not {seed!r}")
-
-
-def check_flag(name: str, value: Any) -> None:
-    """Raise ValueError unless ``value`` is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, not {value!r}")

@@ -13,7 +13,8 @@ from a8multi.loader.structs import Flag, ScheduleRule
 from a8multi.plan import Moments, MomentSpec, Schedule
 from a8multi.quant.formats import check_block_size
 
-from .base import LowBitOptimizer, check_flag, check_lr, check_number, check_seed
+from .base import LowBitOptimizer
+from .checks import check_flag, check_lr, check_number, check_seed
 from .elementwise import averages, check_betas, common_flags, moment_spec, options
 from .roster import Group
 

@@ -15,7 +15,8 @@ from a8multi.loader.structs import Flag
 from a8multi.plan import Moments, MomentSpec
 from a8multi.quant.formats import FORMATS, check_block_size
 
-from .base import LowBitOptimizer, check_flag, check_lr, check_number, check_seed
+from .base import LowBitOptimizer
+from .checks import check_flag, check_lr, check_number, check_seed
 from .roster import Group
 
 # The options that name a moment's format, in the order of ``Moments``, and the formats of each.

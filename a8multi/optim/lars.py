@@ -9,7 +9,7 @@ from torch import Tensor
 
 from a8multi.loader.structs import RuleKind
 
-from .base import check_number
+from .checks import check_number
 from .elementwise import options
 from .roster import Group
 from .sgd import MomentumOptimizer

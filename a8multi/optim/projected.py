@@ -15,7 +15,8 @@ from a8multi.backend.base import Backend
 from a8multi.loader.structs import Flag, ScheduleRule
 from a8multi.plan import Moments, MomentSpec, Schedule, matrix_shape
 
-from .base import LowBitOptimizer, check_flag, check_number
+from .base import LowBitOptimizer
+from .checks import check_flag, check_number
 from .elementwise import averages, moment_spec
 from .hypers import hypers_of
 from .projection import Drawn, Projection, Projector, Table, Tables

@@ -1,0 +1,49 @@
+"""Checks of the optimizers' arguments: each raises ValueError that names the parameter."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+from torch import Tensor
+
+from a8multi.plan.step_plan import DTYPES
+
+
+def check_number(name: str, value: Any, least: float, below: float = math.inf, *, least_open: bool = False) -> None:
+    """Raise ValueError unless ``value`` is a finite number in [least, below)."""
+    number = float(value) if isinstance(value, (numbers.Real, Tensor)) and not isinstance(value, bool) else math.nan
+    if not (least <= number < below) or (least_open and number == least):
+        bounds = f"{'>' if least_open else '>='} {least:g}" + ("" if below == math.inf else f" and < {below:g}")
+        raise ValueError(f"{name} must be a finite number {bounds}, not {value!r}")
+
+
+def check_lr(lr: Any) -> None:
+    """Raise ValueError unless ``lr`` is a finite number >= 0, a tensor of one such, or one of any on another device."""
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor of one element, not of shape {tuple(lr.shape)}")
+    # To look at a number on another device is to wait for that device.
+    if not isinstance(lr, Tensor) or lr.device.type == "cpu":
+        check_number("lr", lr, 0.0)
+
+
+def check_seed(seed: Any) -> None:
+    """Raise ValueError unless ``seed`` is an integer from 0 to 2**64 - 1."""
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, not {seed!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, not {value!r}")
+
+
+def check_param(param: Tensor) -> None:
+    """Raise ValueError unless the parameter is of a type that a step takes."""
+    if param.is_complex():
+        raise ValueError("params: complex parameters are not supported; optimize torch.view_as_real(param) instead")
+    if param.dtype not in DTYPES:
+        known = ", ".join(str(dtype) for dtype in DTYPES)
+        raise ValueError(f"params: a parameter of {param.dtype} is not supported, only {known}")
