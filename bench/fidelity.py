@@ -26,8 +26,6 @@ from a8multi.cli.data import load_text
 from a8multi.cli.optimizers import state_bytes
 from a8multi.cli.train import StopOnInterrupt
 
-SIZES = {"width": 128, "layers": 4, "heads": 4, "context": 64, "batch_size": 8}
-
 
 def document(experiment: Experiment, report_at: Sequence[int], command: str) -> dict[str, Any]:
     """The result as JSON. Curves hold every step up to 20, then every tenth; `worst` is over all steps."""
@@ -79,7 +77,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = script.parser(__doc__, SIZES)
+    made = script.parser(__doc__, script.MODEL_SIZES)
     add = made.add_argument
     add("--steps", type=positive_int, help="default: the last step of --report-at")
     add("--report-at", type=positive_int, nargs="+", metavar="STEP", help="columns of the table")
@@ -93,7 +91,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     tqdm = script.prepare(args)
     report_at = args.report_at or [at for at in REPORT_AT[args.family] if at <= (args.steps or at)] or [args.steps]
     steps = args.steps or max(report_at)
-    config = script.settle(args, ("family", "only", "seed", *SIZES))
+    config = script.settle(args, ("family", "only", "seed", *script.MODEL_SIZES))
     experiment = Experiment(config, load_text(args.data, args.context))
     if args.resume:
         args.resume.parent.mkdir(parents=True, exist_ok=True)

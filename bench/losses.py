@@ -3,7 +3,7 @@
 Every candidate trains the model of `a8multi train` on its text, as it does: weights, batches and rounding noise follow
 from the seed, so that the rows of a seed differ in the optimizer alone. Each row is compared with the same rule with
 fp32 state (--family adamw: torch.optim.AdamW). The question is whether the mean over the seeds is within one standard
-error of that of fp32.
+error of that of fp32. Several processes can share the work, each with seeds or rows of its own: --merge joins theirs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 
 import script
 import torch
-from fidelity_families import Candidate, chosen, reference_of
+from fidelity_families import FAMILIES, Candidate, chosen, reference_of
 from torch.optim import Optimizer
 
 from a8multi.cli import console
@@ -35,15 +35,15 @@ from a8multi.cli.trainer import VALIDATION_SEQUENCES, Run, TrainConfig
 FORMAT = "a8multi-losses-1"
 # A point of a curve is the mean of so many steps: single batches say little.
 CURVE_STEPS = 10
-# Of TrainConfig, what can be asked for here, with its defaults.
-SIZES: dict[str, Any] = {
-    name: TrainConfig.__dataclass_fields__[name].default
-    for name in ("steps", "batch_size", "context", "warmup", "width", "layers", "heads")
-}
+# Of TrainConfig, what can be asked for here. With the trainer's 20 steps of warm-up seeds part ways at step 40 to 60,
+# with fp32 state too, and their spread is three times as wide.
+SIZES = {"steps": 600, "warmup": 100, **script.MODEL_SIZES}
 # What a result must have been made with to go on from it. Of `seeds` it may have fewer, or more.
 FIXED = ("family", "only", "seed", *SIZES)
 # Likewise if there is something left to do; their defaults are the machine's.
 OF_THE_MACHINE = ("device", "threads")
+# What the parts of a merged result may differ in.
+OF_A_PART = ("only", "seed")
 
 
 @dataclass
@@ -55,8 +55,8 @@ class Row:
     runs: list[dict[str, Any]] = field(default_factory=list)
     note: str | None = None
 
-    def losses(self, kind: str = "validation_loss") -> list[float]:
-        return [run[kind] for run in self.runs]
+    def by_seed(self, kind: str = "validation_loss") -> dict[int, Any]:
+        return {run["seed"]: run[kind] for run in self.runs}
 
 
 class Measurement:
@@ -113,6 +113,7 @@ class Measurement:
         row.runs.append(
             {
                 "seed": seed,
+                "lr": run.base_lr,
                 "validation_loss": summary.validation_loss,
                 "train_loss": summary.train_loss,
                 "state_bytes_per_param": summary.state_bytes / summary.parameter_count,
@@ -120,43 +121,103 @@ class Measurement:
             }
         )
 
-    def compare(self, row: Row) -> dict[str, Any]:
-        """Mean and standard error of a row's validation losses, and of its differences to its reference by seed."""
-        own = row.losses()
-        result = {"mean": statistics.fmean(own) if own else None, "standard_error": standard_error(own)}
-        reference = next((one for one in self.rows if one.name == row.reference), None)
-        other = reference.losses() if reference else []
-        if not own or len(own) != len(other):
-            return result
-        differences = [a - b for a, b in zip(own, other, strict=True)]
-        allowed, difference = standard_error(other), statistics.fmean(differences)
-        return result | {
-            "difference": difference,
-            "difference_standard_error": standard_error(differences),
-            "within_one_standard_error": None if allowed is None else abs(difference) <= allowed,
-        }
-
     @cached_property
     def _head(self) -> dict[str, Any]:
         """Once: to ask for the versions of packages takes longer than many steps."""
         return {"format": FORMAT} | script.head(self.config, self.text, self.command)
 
     def document(self) -> dict[str, Any]:
-        return self._head | {"rows": [asdict(row) | self.compare(row) for row in self.rows]}
+        return self._head | compared(self.rows)
 
     def take_over(self, found: dict[str, Any], path: Path) -> None:
         """The runs of a document; CommandError if it was made with other options, another text or other packages."""
-        rows = [Row(**{name: row[name] for name in Row.__dataclass_fields__}) for row in found["rows"]]
-        for name in (*FIXED, *OF_THE_MACHINE):
-            if found["config"].get(name) != self.config[name]:
-                made_with = f"{name} {found['config'].get(name)!r} instead of {self.config[name]!r}"
-                raise CommandError(f"--resume: {path} was made with other options ({made_with})")
-        if found["text_digest"] != self.text.digest:
-            raise CommandError(f"--resume: {path} was made with another text")
+        must_be_alike(found, path, self.config, self.text.digest, (*FIXED, *OF_THE_MACHINE))
+        rows = rows_of(found)
         if [row.name for row in rows] != [row.name for row in self.rows]:
-            raise CommandError(f"--resume: {path} was made with other packages installed")
+            raise CommandError(f"{path} was made with other packages installed")
         self.config["seeds"] = max(self.config["seeds"], found["config"]["seeds"])
         self.rows = rows
+
+
+def compared(rows: Sequence[Row]) -> dict[str, Any]:
+    """Rows as a document has them: with means, standard errors, and differences to the reference by seed."""
+    named = {row.name: row for row in rows}
+    return {"rows": [asdict(row) | _comparison(row, named.get(row.reference or "")) for row in rows]}
+
+
+def _comparison(row: Row, reference: Row | None) -> dict[str, Any]:
+    own, other = row.by_seed(), reference.by_seed() if reference else {}
+    losses = list(own.values())
+    result = {"mean": statistics.fmean(losses) if losses else None, "standard_error": standard_error(losses)}
+    differences = [own[seed] - other[seed] for seed in own if seed in other]
+    if not differences:
+        return result
+    allowed, difference = standard_error(list(other.values())), statistics.fmean(differences)
+    return result | {
+        "difference": difference,
+        "difference_standard_error": standard_error(differences),
+        "within_one_standard_error": None if allowed is None else abs(difference) <= allowed,
+    }
+
+
+def merge(parts: Mapping[Path, dict[str, Any]], command: str) -> dict[str, Any]:
+    """One document of several with other rows or other seeds; of a run or a note that two have, the first counts.
+
+    Raises:
+        CommandError: they were made with different options, texts or versions of packages, or have unknown rows.
+    """
+    first = next(iter(parts.values()))
+    merged: dict[str, Row] = {}
+    for path, part in parts.items():
+        alike = [name for name in (*FIXED, *OF_THE_MACHINE) if name not in OF_A_PART]
+        must_be_alike(part, path, first["config"], first["text_digest"], alike)
+        if script.packages(part) != script.packages(first):
+            raise CommandError(f"{path} was made with other versions of packages than the first part")
+        for row in rows_of(part):
+            into = merged.setdefault(row.name, Row(row.name, row.reference))
+            into.runs += [run for run in row.runs if run["seed"] not in into.by_seed()]
+            into.note = into.note or row.note
+    for row in merged.values():
+        row.runs.sort(key=lambda run: run["seed"])
+    configs = [part["config"] for part in parts.values()]
+    begin, end = min(one["seed"] for one in configs), max(one["seed"] + one["seeds"] for one in configs)
+    only = sorted({name for one in configs for name in one["only"] or ["*"]})
+    own = {
+        "command": command,
+        "parts": [part["command"] for part in parts.values()],
+        "config": first["config"] | {"only": only, "seed": begin, "seeds": end - begin},
+    }
+    return first | own | compared(_in_order(merged, first["config"]["family"]))
+
+
+def _in_order(rows: Mapping[str, Row], family: str) -> list[Row]:
+    """As the family has them, each reference before the first row that is compared with it."""
+    names = [one.name for one in FAMILIES[family]]
+
+    def place(row: Row) -> tuple[int, bool]:
+        users = {row.name, *(one.name for one in rows.values() if one.reference == row.name)}
+        return min(names.index(name) for name in users if name in names), row.reference is not None
+
+    try:
+        return sorted(rows.values(), key=place)
+    except ValueError as error:
+        raise CommandError(f"there are rows that the family {family} does not have (any more)") from error
+
+
+def rows_of(document: dict[str, Any]) -> list[Row]:
+    return [Row(**{name: row[name] for name in Row.__dataclass_fields__}) for row in document["rows"]]
+
+
+def must_be_alike(
+    found: dict[str, Any], path: Path, config: Mapping[str, Any], text_digest: str, names: Sequence[str]
+) -> None:
+    """CommandError if a document was made with another text, or with other options of these names."""
+    for name in names:
+        if found["config"].get(name) != config[name]:
+            made_with = f"{name} {found['config'].get(name)!r} instead of {config[name]!r}"
+            raise CommandError(f"{path} was made with other options ({made_with})")
+    if found["text_digest"] != text_digest:
+        raise CommandError(f"{path} was made with another text")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -165,11 +226,10 @@ def read(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
             raise ValueError(found["format"])
-        for row in found["rows"]:
-            Row(**{name: row[name] for name in Row.__dataclass_fields__})
+        rows_of(found)
         return {**found, "config": dict(found["config"]), "text_digest": str(found["text_digest"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CommandError(f"--resume: {path} is no result of this script ({type(error).__name__})") from error
+        raise CommandError(f"{path} is no result of this script ({type(error).__name__})") from error
 
 
 def is_finished(found: dict[str, Any], args: argparse.Namespace, digest: str) -> bool:
@@ -207,8 +267,9 @@ def table(result: dict[str, Any]) -> str:
         within = {None: "-", True: "yes", False: "no"}[row.get("within_one_standard_error")]
         formats = {"mean": ".4f", "standard_error": ".4f", "difference": "+.4f", "difference_standard_error": ".4f"}
         size = f"{row['runs'][0]['state_bytes_per_param']:.3f}" if row["runs"] else "-"
-        cells.append([row["name"], *(number(row, name, form) for name, form in formats.items()), within, size])
-    headers = ["candidate", "val loss", "s.e.", "to fp32", "s.e.", "within s.e. of fp32", "state B/param"]
+        numbers = [number(row, name, form) for name, form in formats.items()]
+        cells.append([row["name"], str(len(row["runs"])), *numbers, within, size])
+    headers = ["candidate", "seeds", "val loss", "s.e.", "to fp32", "s.e.", "within s.e. of fp32", "state B/param"]
     legend = "Losses in nats a byte. s.e.: standard error of the mean over the seeds; to fp32: paired by seed."
     return script.table(headers, cells, result["rows"], legend)
 
@@ -217,9 +278,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
     """Training loss, mean over the seeds with their spread (one standard deviation); below, the difference to fp32."""
     import numpy as np
 
-    curves = {row["name"]: np.array([run["curve"] for run in row["runs"]]) for row in result["rows"]}
+    curves = {row.name: row.by_seed("curve") for row in rows_of(result)}
 
-    def line(axes: Any, values: Any, color: Any, style: str, label: str | None) -> None:
+    def line(axes: Any, of_seeds: Sequence[Any], color: Any, style: str, label: str | None) -> None:
+        values = np.array(of_seeds)
         mean, spread = values.mean(0), values.std(0)
         steps = CURVE_STEPS * (np.arange(len(mean)) + 0.5)
         axes.plot(steps, mean, style, color=color, linewidth=1.2, label=label)
@@ -228,12 +290,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
     def draw(panels: Any, color: Any) -> None:
         losses, differences = panels
         for index, row in enumerate(result["rows"]):
-            own, other = curves[row["name"]], curves.get(row["reference"] or "")
+            own, other = curves[row["name"]], curves.get(row["reference"] or "", {})
             style = ":" if row["reference"] is None else "-" if row["name"].startswith("a8multi") else "--"
-            if len(own):
-                line(losses, own, color(index), style, row["name"])
-            if other is not None and len(own) and len(own) == len(other):
-                line(differences, own - other, color(index), style, None)
+            if own:
+                line(losses, list(own.values()), color(index), style, row["name"])
+            if shared := own.keys() & other.keys():
+                pairs = [np.subtract(own[seed], other[seed]) for seed in shared]
+                line(differences, pairs, color(index), style, None)
         losses.set(ylabel="training loss, nats a byte")
         differences.set(ylabel="difference to the same rule in fp32")
         differences.axhline(0, color="gray", linewidth=0.7)
@@ -251,11 +314,17 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on from the --json file if it exists, written after each run; with more --seeds too",
     )
+    add("--merge", type=Path, nargs="+", metavar="FILE", help="train nothing: join these --json files, of one family")
     return made
 
 
 def run(args: argparse.Namespace, command: str) -> int:
     tqdm = script.prepare(args)
+    if args.merge:
+        result = merge({path: read(path) for path in args.merge}, command)
+        if args.json:
+            script.write_json(result, args.json)
+        return report(result, args.png, interrupted=False)
     if args.resume and not args.json:
         raise CommandError("--resume needs --json FILE, to go on from")
     text = load_text(args.data, args.context)
@@ -268,9 +337,14 @@ def run(args: argparse.Namespace, command: str) -> int:
             measurement.take_over(found, args.json)
         interrupted = train_all(measurement, args.json, tqdm)
         result = measurement.document()
+    return report(result, args.png, interrupted)
+
+
+def report(result: dict[str, Any], png: Path | None, interrupted: bool) -> int:
+    """Prints and plots it. Returns the exit status."""
     print(table(result))
-    if args.png:
-        plot(result, args.png)
+    if png:
+        plot(result, png)
     return script.exit_status(result, interrupted)
 
 

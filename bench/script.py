@@ -28,6 +28,8 @@ from a8multi.cli.train import make_reproducible
 from a8multi.cli.trainer import TrainConfig
 
 COMPONENTS = ("python", "cpu", "torch", "numpy", "a8multi", *PEER_PACKAGES)
+# The model of both scripts and its batches, unless asked for otherwise.
+MODEL_SIZES = {"width": 128, "layers": 4, "heads": 4, "context": 64, "batch_size": 8}
 CUDA_COMPONENTS = ("torch built with CUDA", "cuda driver supports", "cupy")
 
 
@@ -85,6 +87,11 @@ def head(config: Mapping[str, Any], text: Text, command: str) -> dict[str, Any]:
         "config": dict(config),
         "text_digest": text.digest,
     }
+
+
+def packages(result: Mapping[str, Any]) -> dict[str, str]:
+    """Of the versions in the head of a result, those that are not the machine's."""
+    return {name: result["versions"][name] for name in COMPONENTS if name != "cpu" and name in result["versions"]}
 
 
 def write_json(result: dict[str, Any], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -127,6 +128,67 @@ def test_finished_result_is_plotted_anywhere(
     assert "device 'cuda:99' instead of 'cpu'" in capsys.readouterr().err
     assert measure(*options, "--resume", "--seeds", 2, "--device", "cuda:99")[0] == 2
     assert "cannot use --device cuda:99" in capsys.readouterr().err
+
+
+def test_merged_parts_are_the_whole(measure: Measure, tmp_path: Path) -> None:
+    names = ("a8multi Lion8bit", "a8multi SGD8bit")
+    options = ["--family", "classics", "--steps", 2, "--only"]
+    _, whole = measure(*options, *names, "--seeds", 2)
+    parts = []
+    for seed, name in itertools.product((1, 0), reversed(names)):
+        parts.append(tmp_path / f"part-{len(parts)}.json")
+        parts[-1].write_text(json.dumps(measure(*options, name, "--seeds", 1, "--seed", seed)[1]))
+    plot = tmp_path / "merged.png"
+    status, merged = measure("--merge", *parts, "--png", plot)
+    assert status == 0
+    assert merged["rows"] == whole["rows"]
+    assert merged["config"] == whole["config"]
+    assert len(merged["parts"]) == 4
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    # A result that was begun anew holds some runs twice; and it can go on from the merged one.
+    (tmp_path / "again.json").write_text(json.dumps(whole))
+    assert measure("--merge", tmp_path / "again.json", *parts)[1]["rows"] == whole["rows"]
+    _, more = measure(*options, *names, "--seeds", 3, "--resume")
+    assert [len(row["runs"]) for row in more["rows"]] == [3] * 4
+
+
+def test_differences_are_of_the_seeds_that_both_have(measure: Measure, tmp_path: Path) -> None:
+    _, result = measure("--only", "a8multi AdamW8bit", "--steps", 1, "--seeds", 2)
+    reference, ours = result["rows"]
+    expected = ours["runs"][1]["validation_loss"] - reference["runs"][1]["validation_loss"]
+    del ours["runs"][0]
+    part = tmp_path / "part.json"
+    part.write_text(json.dumps(result))
+    _, merged = measure("--merge", part)
+    assert merged["rows"][1]["difference"] == pytest.approx(expected)
+    del reference["runs"][1]
+    part.write_text(json.dumps(result))
+    _, merged = measure("--merge", part)
+    assert "difference" not in merged["rows"][1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": {"steps": 7}}, "made with other options (steps 7 instead of 1)"),
+        ({"text_digest": "another"}, "made with another text"),
+        ({"versions": {"torch": "another"}}, "made with other versions of packages"),
+        ({"rows": [{"name": "a8multi Gone8bit", "reference": None, "runs": [], "note": None}]}, "does not have"),
+        ({"format": "another"}, "no result of this script"),
+    ],
+)
+def test_merge_refuses(
+    measure: Measure, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Result, message: str
+) -> None:
+    _, result = measure("--only", "a8multi AdamW8bit", "--steps", 1, "--seeds", 1)
+    parts = tmp_path / "first.json", tmp_path / "second.json"
+    parts[0].write_text(json.dumps(result))
+    for key, value in change.items():
+        result[key] = result[key] | value if isinstance(value, dict) else value
+    parts[1].write_text(json.dumps(result))
+    capsys.readouterr()
+    assert measure("--merge", *parts)[0] == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.gpu
