@@ -96,6 +96,10 @@ class CupyBackend:
     def _threads(self) -> int:
         return geometry()["A8_THREADS"]
 
+    @cached_property
+    def _few_chunks(self) -> int:
+        return geometry()["A8_FEW_CHUNKS"]
+
     def _kernel(self, name: str) -> Any:
         """The function ``a8_<name>_kernel``, a name of _KERNELS."""
         if name not in self._kernels:
@@ -176,10 +180,9 @@ class CupyBackend:
         phase = structs.Phase
         tensors, chunks, tiles = batch.tensor_count, batch.chunk_count, batch.tile_count
         factored = batch.factored_chunks or (chunks if tiles else 0)
-        factored_groups, full_groups = (
-            -(-count * 32 // self._threads)  # a warp a chunk
-            for count in (factored, chunks - batch.factored_chunks)
-        )
+        full, warps = chunks - batch.factored_chunks, self._threads // 32
+        width = 1 if full <= self._few_chunks else warps  # chunks of a block of threads
+        factored_groups, full_groups = -(-factored // warps), -(-full // width)
         confidence = (
             (phase.RESIDUAL, "residual"),
             (phase.CONFIDENCE, "confidence"),
@@ -192,13 +195,13 @@ class CupyBackend:
             (phase.MOMENTS, "adafactor_factors", tiles, ()),
             *((asked, f"adafactor_{name}", tiles, (0,)) for asked, name in confidence),
             (phase.NORM, "adafactor_norm_factored", factored_groups, ()),
-            (phase.NORM, "adafactor_norm_full", full_groups, ()),
+            (phase.NORM, "adafactor_norm_full", full_groups, (width,)),
             (phase.NORM, "totals", tensors, (0,)),
             *((asked, f"adafactor_{name}", tiles, (1,)) for asked, name in confidence),
             (phase.LIMIT, "adafactor_limit", chunks, ()),
             (phase.LIMIT, "totals", tensors, (1,)),
             (phase.APPLY, "adafactor_apply_factored", factored_groups, ()),
-            (phase.APPLY, "adafactor_apply_full", full_groups, ()),
+            (phase.APPLY, "adafactor_apply_full", full_groups, (width,)),
         ]
         with self._on(plan.device):
             for asked, name, grid, more in launches:

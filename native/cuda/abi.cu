@@ -209,7 +209,8 @@ void launch_confidence(const a8_batch& batch, float* scratch, uint32_t phases, u
 cudaError_t launch_adafactor(const a8_batch& batch, float* scratch, uint32_t phases, cudaStream_t stream) {
   uint32_t factored = batch.factored_chunks ? batch.factored_chunks : batch.tile_count ? batch.chunk_count : 0;
   uint32_t factored_groups = (factored + A8_WARPS - 1) / A8_WARPS;
-  uint32_t full_groups = (batch.chunk_count - batch.factored_chunks + A8_WARPS - 1) / A8_WARPS;
+  uint32_t full = batch.chunk_count - batch.factored_chunks, width = full <= A8_FEW_CHUNKS ? 1 : A8_WARPS;
+  uint32_t full_groups = (full + width - 1) / width;
   if (batch.tile_count && phases & A8_REDUCE)
     a8_adafactor_reduce_kernel<<<batch.tile_count, A8_THREADS, 0, stream>>>(batch, scratch);
   if (batch.tile_count && phases & (A8_REDUCE | A8_MOMENTS))
@@ -219,7 +220,7 @@ cudaError_t launch_adafactor(const a8_batch& batch, float* scratch, uint32_t pha
   launch_confidence(batch, scratch, phases, 0u, stream);
   if (phases & A8_NORM) {
     if (factored) a8_adafactor_norm_factored_kernel<<<factored_groups, A8_THREADS, 0, stream>>>(batch, scratch);
-    if (full_groups) a8_adafactor_norm_full_kernel<<<full_groups, A8_THREADS, 0, stream>>>(batch, scratch);
+    if (full_groups) a8_adafactor_norm_full_kernel<<<full_groups, A8_THREADS, 0, stream>>>(batch, scratch, width);
     a8_totals_kernel<<<batch.tensor_count, A8_THREADS, 0, stream>>>(batch, scratch, 0u);
   }
   launch_confidence(batch, scratch, phases, 1u, stream);
@@ -229,7 +230,7 @@ cudaError_t launch_adafactor(const a8_batch& batch, float* scratch, uint32_t pha
   }
   if (phases & A8_APPLY) {
     if (factored) a8_adafactor_apply_factored_kernel<<<factored_groups, A8_THREADS, 0, stream>>>(batch, scratch);
-    if (full_groups) a8_adafactor_apply_full_kernel<<<full_groups, A8_THREADS, 0, stream>>>(batch, scratch);
+    if (full_groups) a8_adafactor_apply_full_kernel<<<full_groups, A8_THREADS, 0, stream>>>(batch, scratch, width);
   }
   return cudaGetLastError();  // sticky for launches: the first that failed
 }

@@ -33,8 +33,10 @@ def build(compiler: str, source: Path, output: Path, architecture: int) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(translate(path.read_text(encoding="utf-8")), encoding="utf-8")
     unit = output.with_suffix(".o")
+    few = 512 if architecture >= 900 else 0  # the cases would all be few
     _run(
-        *(compiler, *FLAGS, f"-DEMULATED_ARCHITECTURE={architecture}", '-DA8_VERSION="emulated"'),
+        *(compiler, *FLAGS, f"-DEMULATED_ARCHITECTURE={architecture}", f"-DA8_FEW_CHUNKS={few}"),
+        '-DA8_VERSION="emulated"',
         *(f'-DA8_ARCHITECTURES="emulated sm_{architecture // 10}"', f"-I{DEVICE}", f"-I{NATIVE / 'include'}"),
         *("-include", "cuda_language.h", "-x", "c++", "-c", str(root / source.name), "-o", str(unit)),
     )

@@ -178,22 +178,24 @@ typedef struct a8_chunk_room {
 #endif
 #define A8_TWO_RESIDENT (A8_AMPERE ? 2 : 1)
 
-// Whether this block of threads has a chunk of a tensor of the kind that the kernel is for; mine: whether this warp has. A kernel
-// is launched for the chunks of its kind, or for all when it is not known which they are.
+// Whether this block of threads has a chunk, of `width` from number `first` on, of a tensor of the kind that the kernel is for;
+// mine: whether this warp has. A kernel is launched for the chunks of its kind, or for all when it is not known which they are.
 template <bool kFactored>
-A8_FN bool a8_has_chunks(const a8_batch& batch, uint32_t index, bool* mine) {
+A8_FN bool a8_has_chunks(const a8_batch& batch, uint32_t first, uint32_t width, bool* mine) {
   uint32_t end = kFactored && batch.factored_chunks ? batch.factored_chunks : batch.chunk_count;
+  uint32_t index = first + a8_warp_number();
   *mine = false;
-  if (index < end) *mine = (batch.tensors[batch.chunks[index].tensor].second_format == A8_FACTORED) == kFactored;
+  if (index < min(end, first + width))
+    *mine = (batch.tensors[batch.chunks[index].tensor].second_format == A8_FACTORED) == kFactored;
   return __syncthreads_or(*mine);
 }
 
-// Sums of p^2 and u^2 of A8_WARPS chunks, from number `first` on, by a block of threads.
+// Sums of p^2 and u^2 of `width` chunks, from number `first` on, by a block of threads.
 template <bool kFactored>
-A8_FN void a8_norm_chunks(const a8_batch& batch, float* scratch, uint32_t first, a8_chunk_room* room) {
+A8_FN void a8_norm_chunks(const a8_batch& batch, float* scratch, uint32_t first, uint32_t width, a8_chunk_room* room) {
   uint32_t warp = a8_warp_number(), index = first + warp;
   bool mine, left = false;
-  if (!a8_has_chunks<kFactored>(batch, index, &mine)) return;
+  if (!a8_has_chunks<kFactored>(batch, first, width, &mine)) return;
   a8_share_nf4_table(&room->table);
   __syncthreads();
   if (mine) {
@@ -212,19 +214,19 @@ A8_FN void a8_norm_chunks(const a8_batch& batch, float* scratch, uint32_t first,
   }
 }
 
-// One block of threads A8_WARPS chunks; from the last on, whose gradients the reduce phase has read last.
+// One block of threads A8_WARPS chunks, or of the second kind `width`; from the last on, whose gradients the reduce phase has read last.
 extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
     a8_adafactor_norm_factored_kernel(a8_batch batch, float* scratch) {
   __shared__ a8_chunk_room room;
   if (a8_skips(batch)) return;
-  a8_norm_chunks<true>(batch, scratch, (gridDim.x - 1 - blockIdx.x) * A8_WARPS, &room);
+  a8_norm_chunks<true>(batch, scratch, (gridDim.x - 1 - blockIdx.x) * A8_WARPS, A8_WARPS, &room);
 }
 
 extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
-    a8_adafactor_norm_full_kernel(a8_batch batch, float* scratch) {
+    a8_adafactor_norm_full_kernel(a8_batch batch, float* scratch, uint32_t width) {
   __shared__ a8_chunk_room room;
   if (a8_skips(batch)) return;
-  a8_norm_chunks<false>(batch, scratch, batch.factored_chunks + (gridDim.x - 1 - blockIdx.x) * A8_WARPS, &room);
+  a8_norm_chunks<false>(batch, scratch, batch.factored_chunks + (gridDim.x - 1 - blockIdx.x) * width, width, &room);
 }
 
 // The sum of the squares of a chunk's update as CAME leaves it, for tensors whose limiter waits for it. One block of threads a
@@ -238,12 +240,12 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS) a8_adafactor_limit_kern
   if (t->limiter && h->flags & A8_AVERAGE_UPDATE) a8_limit_general(t, h, unit.part, scratch, &room);
 }
 
-// Updates A8_WARPS chunks, from number `first` on, by a block of threads.
+// Updates `width` chunks, from number `first` on, by a block of threads.
 template <bool kFactored>
-A8_FN void a8_apply_chunks(const a8_batch& batch, float* scratch, uint32_t first, a8_chunk_room* room) {
+A8_FN void a8_apply_chunks(const a8_batch& batch, float* scratch, uint32_t first, uint32_t width, a8_chunk_room* room) {
   uint32_t warp = a8_warp_number(), index = first + warp;
   bool mine, left = false;
-  if (!a8_has_chunks<kFactored>(batch, index, &mine)) return;
+  if (!a8_has_chunks<kFactored>(batch, first, width, &mine)) return;
   a8_share_nf4_table(&room->table);
   __syncthreads();
   if (mine) {
@@ -266,17 +268,17 @@ A8_FN void a8_apply_chunks(const a8_batch& batch, float* scratch, uint32_t first
   }
 }
 
-// One block of threads A8_WARPS chunks.
+// One block of threads A8_WARPS chunks, or of the second kind `width`.
 extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
     a8_adafactor_apply_factored_kernel(a8_batch batch, float* scratch) {
   __shared__ a8_chunk_room room;
   if (a8_skips(batch)) return;
-  a8_apply_chunks<true>(batch, scratch, blockIdx.x * A8_WARPS, &room);
+  a8_apply_chunks<true>(batch, scratch, blockIdx.x * A8_WARPS, A8_WARPS, &room);
 }
 
 extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_TWO_RESIDENT)
-    a8_adafactor_apply_full_kernel(a8_batch batch, float* scratch) {
+    a8_adafactor_apply_full_kernel(a8_batch batch, float* scratch, uint32_t width) {
   __shared__ a8_chunk_room room;
   if (a8_skips(batch)) return;
-  a8_apply_chunks<false>(batch, scratch, batch.factored_chunks + blockIdx.x * A8_WARPS, &room);
+  a8_apply_chunks<false>(batch, scratch, batch.factored_chunks + blockIdx.x * width, width, &room);
 }
