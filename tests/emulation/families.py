@@ -144,6 +144,8 @@ def matrix_cases(third: str, firsts: tuple[str, ...], limited: bool = False) -> 
             for j in range(4)
         ),
         *(case((17, 128), k, first, dtype=F32, skew=k % 2) for k, first in enumerate(("fp32", "bf16") * 3)),
+        # A whole tile's columns, which have loops of their own.
+        *(case((3, 1024), k, first, dtype=d) for k, (first, d) in enumerate(product(firsts, DTYPES))),
         *(
             case((13, 128), 3, first, dtype=d, scale=scale)
             for d in (F32, BF16)
@@ -182,6 +184,8 @@ def vector_cases(firsts: tuple[str, ...], limited: bool = False) -> tuple[Case, 
             for first in firsts[:2]
             for d, g, scale in ((F32, F32, 1e-18), (BF16, F32, 1e18), (BF16, BF16, 1.0))
         ),
+        # Roots that are guarded, but not infinite, and no clipping, which would make up for a common error.
+        *(case(1664, 4, first, block=128, dtype=F32, scale=1e16) for first in firsts[:2]),
         *(
             case(1664, 3, first, dtype=d, scale=scale)
             for d in (F32, BF16)

@@ -3,10 +3,20 @@
 
 #include "adafactor_stage.cuh"
 
-// Writes the eight parameters number e .. e + 7 of the chunk and adds the squares of what is stored.
+// What the apply phase needs besides, with the noise from the lane's first pair and element on.
+A8_FN a8_factor_write a8_lane_write_of(const a8_factor_job& job) {
+  a8_factor_write write = a8_factor_write_of(job);
+  write.write.first += 4 * a8_lane();
+  write.phase = a8_phase_at(write.phase, 8 * a8_lane());
+  a8_settle(&write.phase);
+  return write;
+}
+
+// Writes the lane's eight parameters of a line and adds the squares of what is stored.
 template <uint32_t kParam>
-A8_FN void a8_put_params(const a8_factor_job& job, const a8_factor_write& write, const a8_lane_place& place, uint32_t e,
-                         uint32_t update_sign, const a8_eight<kParam>& param, const float* u, float* accumulators) {
+A8_FN void a8_put_params(const a8_factor_job& job, const a8_factor_write& write, const a8_lane_place& place,
+                         uint32_t line, uint32_t update_sign, const a8_eight<kParam>& param, const float* u,
+                         float* accumulators) {
   float p[8], step_size = a8_signed(write.rule.step_size, update_sign);
 #pragma unroll
   for (int i = 0; i < 8; ++i) p[i] = a8_value<kParam>(param.w, i) * write.rule.decay - step_size * u[i];
@@ -14,12 +24,12 @@ A8_FN void a8_put_params(const a8_factor_job& job, const a8_factor_write& write,
   if (kParam != A8_F32 && (job.hyper.flags & A8_STOCHASTIC_WRITE)) {
     uint32_t words[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = a8_noise_word(write.write, e / 2 + i);
-    a8_pack_eight_stochastic<kParam, true>(p, words, out.w);
+    for (int i = 0; i < 4; ++i) words[i] = a8_noise_word(write.write, line * (A8_LINE / 2) + i);
+    a8_pack_eight_stochastic<kParam>(p, words, out.w);
   } else {
-    a8_pack_eight<kParam, true>(p, out.w);
+    a8_pack_eight<kParam>(p, out.w);
   }
-  a8_put<kParam>(out, const_cast<char*>(place.param) + (uint64_t)e * (kParam == A8_F32 ? 4 : 2), 0);
+  a8_put<kParam>(out, const_cast<char*>(place.param) + (uint64_t)line * (A8_LINE * (kParam == A8_F32 ? 4 : 2)), 0);
   if (!a8_scales(job)) return;
   float stored[8];
 #pragma unroll
@@ -34,64 +44,68 @@ A8_FN void a8_leave_squares(const a8_factor_job& job, float squares) {
   job.sums[2 * (int64_t)job.tensor->chunks] = a8_float(a8_fingerprint_of(job));
 }
 
-// Where the factors of the confidence lie, seen from those of the second moment.
+// Where the factors of the confidence lie: rows seen from those of the second moment; cols_end as in a8_matrix_place, 0 where
+// there is no confidence.
 typedef struct a8_confidence_place {
-  uint32_t row_shift, cols;
-  bool exists;
+  uint32_t row_shift, cols_end;
 } a8_confidence_place;
 
 A8_FN a8_confidence_place a8_confidence_place_of(const a8_tensor* t) {
-  return {(uint32_t)(t->residual_at - t->row_at), (uint32_t)a8_confidence_cols_at(t), t->third_format == A8_FACTORED};
+  return {(uint32_t)(t->residual_at - t->row_at),
+          t->third_format == A8_FACTORED ? (uint32_t)(a8_confidence_cols_at(t) + t->cols) : 0u};
 }
 
 // The first moment times the factors of 1 / sqrt(s), where there is a confidence.
-A8_FN void a8_confident_eight(const a8_confidence_place& confidence, a8_matrix_place place, bool active, const float* m,
-                              float* u) {
+A8_FN void a8_confident_eight(const a8_confidence_place& confidence, const a8_matrix_place& place, bool active,
+                              const float* m, float* u) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) u[i] = m[i];
-  if (!confidence.exists) return;
-  place.row += confidence.row_shift;
-  place.cols = confidence.cols;
+  if (confidence.cols_end == 0) return;
   float root[8];
-  a8_factored_roots(place, a8_float(0x7f800000u), active, root);
+  a8_factored_roots(place, confidence.row_shift, confidence.cols_end, a8_float(0x7f800000u), active, root);
 #pragma unroll
   for (int i = 0; i < 8; ++i) u[i] = u[i] * root[i];
 }
 
-// With a factored second moment. Returns the sum of the squares of what is stored.
-template <uint32_t kParam, uint32_t kGrad, a8_momentum kAverages>
+// With a factored second moment. Returns the sum of the squares of what is stored. kFirst: the format of a first moment that
+// averages what kAverages says.
+template <uint32_t kParam, uint32_t kGrad, a8_momentum kAverages, uint32_t kFirst>
 A8_FN float a8_apply_factored(const a8_factor_job& job, char* arena, const a8_nf4_table* table) {
   const bool kMomentum = kAverages != A8_NO_MOMENTUM;
   typedef a8_stages<kParam == A8_F32 ? 4 : 2, kGrad, kMomentum, false> Stages;
   const bool kEarly = !kMomentum;  // registers are left to empty a stage at once
   Stages stages = {arena, 0};
-  const a8_lane_place place = a8_lane_place_of(job);
-  const a8_factor_write write = a8_factor_write_of(job);
+  a8_lane_place place = a8_lane_place_of(job);
+  place.first_format = kFirst;
+  const a8_factor_write write = a8_lane_write_of(job);
   a8_matrix_place matrix = a8_matrix_place_of(job);
   const a8_confidence_place confidence = a8_confidence_place_of(job.tensor);
-  uint32_t e = 8 * a8_lane();  // of the chunk
   float accumulators[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < Stages::kCount; ++i) {
-    stages.load(place, e + i * A8_LINE, true);
+    stages.template load<0>(place, i, true);
     stages.turn();
   }
+  // Lanes that share nothing go their own ways.
+  const uint32_t lines = kMomentum ? place.warp_lines : place.lines;
 #pragma unroll 1
-  for (; (e & ~(A8_LINE - 1u)) < place.count; e += A8_LINE) {
-    bool active = e < place.count;
+  for (uint32_t line = 0; line < lines; ++line) {
+    a8_settle(&line);  // an address each from its number costs less than one that moves on
+    bool active = !kMomentum || line < place.lines;
     a8_eight<kGrad> grad;
     a8_eight<kParam> param;
     a8_first_eight first;
+    uint32_t none[3];
     float root[8], m[8], u[8];
     a8_copies_wait<Stages::kCount - 1>();
     stages.read_values(0, &grad);
-    if (kMomentum) stages.read_first(&first);
+    if (kMomentum) stages.read_state(place.first_format, &first, none, none + 2);
     if (kEarly) {
       stages.read_values(Stages::kParamAt, &param);
-      stages.load(place, e + Stages::kCount * A8_LINE, true);
+      stages.template load<Stages::kCount>(place, line, true);
     }
-    a8_factored_roots(matrix, job.bound, active, root);
-    if (kMomentum) a8_decode_first(first, place.first_format, place.first + (uint64_t)e * 4, active, table, m);
+    a8_factored_roots(matrix, 0, matrix.cols_end, job.bound, active, root);
+    if (kMomentum) a8_decode_first(first, kFirst, place.first + (uint64_t)line * (A8_LINE * 4), active, table, m);
     if (kAverages == A8_OF_UPDATE) {
       a8_average_update_eight<kGrad>(job, grad, root, a8_signed(write.rule.clipped, job.sign), m);
       a8_confident_eight(confidence, matrix, active, m, u);
@@ -99,13 +113,13 @@ A8_FN float a8_apply_factored(const a8_factor_job& job, char* arena, const a8_nf
       a8_update_eight<kGrad, kMomentum>(job, grad, root, m, u);
     }
     a8_next_line(&matrix);
-    if (kMomentum) a8_put_first(place, e, active, table, m);
+    if (kMomentum) a8_put_first(place, line, active, table, m);
     if (!kEarly) {
       stages.read_values(Stages::kParamAt, &param);
-      stages.load(place, e + Stages::kCount * A8_LINE, true);
+      stages.template load<Stages::kCount>(place, line, true);
     }
     stages.turn();
-    if (active) a8_put_params<kParam>(job, write, place, e, a8_update_sign<kMomentum>(job), param, u, accumulators);
+    if (active) a8_put_params<kParam>(job, write, place, line, a8_update_sign<kMomentum>(job), param, u, accumulators);
   }
   return a8_fold_warp(accumulators);
 }
@@ -152,8 +166,8 @@ A8_FN a8_log8_plan a8_plan_log8(a8_log8_extremes x, uint32_t lanes, a8_log8_head
   return plan;
 }
 
-A8_FN void a8_put_second(const a8_factor_job& job, const a8_factor_write& write, const a8_lane_place& place, uint32_t e,
-                         const a8_log8_plan& plan, float* v) {
+A8_FN void a8_put_second(const a8_factor_job& job, const a8_factor_write& write, const a8_lane_place& place,
+                         uint32_t line, const a8_log8_plan& plan, float* v) {
   if (!plan.ordinary) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] = a8_float(min(a8_bits(v[i]), (uint32_t)A8_LOG8_INFINITY));
@@ -163,48 +177,54 @@ A8_FN void a8_put_second(const a8_factor_job& job, const a8_factor_write& write,
   a8_log8_positions(v, plan.origin, plan.inverse_step, position);
   if (job.hyper.flags & A8_STOCHASTIC_STATE) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) position[i] = position[i] + a8_offset(a8_phase_at(write.phase, e + i));
+    for (int i = 0; i < 8; ++i) position[i] = position[i] + a8_offset(a8_phase_at(write.phase, line * A8_LINE + i));
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i) position[i] = position[i] + A8_LOG8_NEAREST;
   }
   a8_log8_eight(position, packed);
-  __stcs(reinterpret_cast<uint2*>(const_cast<char*>(place.second) + e), make_uint2(packed[0], packed[1]));
+  __stcs(reinterpret_cast<uint2*>(const_cast<char*>(place.second) + (uint64_t)line * A8_LINE),
+         make_uint2(packed[0], packed[1]));
 }
 
 // The order in which the lines of a chunk are worked on: of each log8 block that is longer than a line first all lines for its
 // extremes, then all for the update; of a shorter one both at once.
 typedef struct a8_full_order {
-  uint32_t line0;  // of the block: its first element
-  uint32_t at;     // of the line
-  uint32_t block;  // elements of a block, or of a line when that is more
-  uint32_t count;  // of the chunk
+  uint32_t first;  // of the block's lines
+  uint32_t line;
+  uint32_t block;  // lines of a block, at least one
+  uint32_t lines;  // of the chunk
   bool twice, updates;
 } a8_full_order;
 
 A8_FN void a8_next_line(a8_full_order* order) {
-  order->at += A8_LINE;
-  if (order->at < min(order->line0 + order->block, order->count)) return;
-  if (order->updates) order->line0 += order->block;
-  order->updates = !order->updates || !order->twice;
-  order->at = order->line0;
+  if (!order->twice) {
+    order->first = order->line += 1;
+    return;
+  }
+  order->line += 1;
+  if (order->line < min(order->first + order->block, order->lines)) return;
+  if (order->updates) order->first += order->block;
+  order->updates = !order->updates;
+  order->line = order->first;
 }
 
-// With an element-wise second moment, in log8 or float32.
-template <uint32_t kParam, uint32_t kGrad, bool kMomentum>
+// With an element-wise second moment: with kUsual in log8 with blocks of A8_USUAL_BLOCK, else in log8 or float32.
+template <uint32_t kParam, uint32_t kGrad, bool kMomentum, bool kUsual>
 A8_FN float a8_apply_full(const a8_factor_job& job, char* arena, const a8_nf4_table* table) {
   typedef a8_stages<kParam == A8_F32 ? 4 : 2, kGrad, kMomentum, true> Stages;
   Stages stages = {arena, 0};
-  const a8_lane_place place = a8_lane_place_of(job);
-  const a8_factor_write write = a8_factor_write_of(job);
-  const uint32_t mine = 8 * a8_lane(), block = max(place.log8 ? 1u << place.second_shift : 0u, A8_LINE);
+  a8_lane_place place = a8_lane_place_of(job);
+  if (kUsual) place.expect_usual();
+  const a8_factor_write write = a8_lane_write_of(job);
+  const uint32_t block = place.log8 ? max((1u << place.second_shift) / A8_LINE, 1u) : 1u;
   const uint32_t lanes = min(1u << place.second_shift >> 3, 32u);  // of a block
-  const bool twice = place.log8 && block > A8_LINE;
-  a8_full_order now = {0, 0, block, place.count, twice, !twice}, ahead = now;
+  const bool twice = block > 1;
+  a8_full_order now = {0, 0, block, place.warp_lines, twice, !twice}, ahead = now;
   float accumulators[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 1
   for (int i = 0; i < Stages::kCount; ++i) {
-    stages.load(place, mine + ahead.at, ahead.updates, !twice || !ahead.updates);
+    stages.template load<0>(place, ahead.line, ahead.updates, !twice || !ahead.updates);
     stages.turn();
     a8_next_line(&ahead);
   }
@@ -215,66 +235,78 @@ A8_FN float a8_apply_full(const a8_factor_job& job, char* arena, const a8_nf4_ta
   plan.ordinary = false;
   a8_log8_extremes extremes = {0xffffffffu, 0u};
 #pragma unroll 1
-  while (now.line0 < place.count) {
-    uint32_t e = mine + now.at, codes[2];
-    bool active = e < place.count, updates = now.updates, first_line = now.at == now.line0;
+  while (now.first < place.warp_lines) {
+    uint32_t line = now.line, codes[2], header_word;
+    bool active = line < place.lines, updates = now.updates, first_line = line == now.first;
     a8_eight<kGrad> grad;
     a8_eight<kParam> param;
     a8_first_eight first;
     float v[8];
     a8_copies_wait<Stages::kCount - 1>();
     stages.read_values(0, &grad);
-    stages.read_second(codes);
-    if (updates) {
-      stages.read_values(Stages::kParamAt, &param);
-      if (kMomentum) stages.read_first(&first);
+    stages.read_state(place.first_format, &first, codes, &header_word);
+    if (updates) stages.read_values(Stages::kParamAt, &param);
+    if (first_line && (!twice || !updates)) plan.old_header = a8_log8_unpack(header_word);
+    if (twice) {
+      stages.template load<0>(place, ahead.line, ahead.updates, !ahead.updates);
+      a8_next_line(&ahead);
+    } else {
+      stages.template load<Stages::kCount>(place, line, true);
     }
-    if (first_line && (!twice || !updates)) plan.old_header = stages.read_header();
-    stages.load(place, mine + ahead.at, ahead.updates, !twice || !ahead.updates);
     stages.turn();
-    a8_next_line(&ahead);
     a8_next_line(&now);
-    a8_new_second_of<kGrad>(place.log8, codes, plan.old_header, place.second + (uint64_t)e * 4, active, grad, job.hyper,
-                            v);
+    a8_new_second_of<kGrad>(place.log8, codes, plan.old_header, place.second + (uint64_t)line * (A8_LINE * 4), active,
+                            grad, job.hyper, v);
     if (place.log8 && (!twice || !updates)) {
       a8_extend_eight(&extremes, v);
       if (twice && !now.updates) continue;
-      uint32_t at = twice ? mine + now.at : e;
+      uint32_t of = twice ? now.line : line;
       a8_log8_header header;
       plan = a8_plan_log8(extremes, lanes, plan.old_header, &header);
       extremes = {0xffffffffu, 0u};
-      if (at < place.count && (threadIdx.x & (lanes - 1u)) == 0)
-        *reinterpret_cast<uint32_t*>(const_cast<char*>(place.second_block) + (at >> place.second_shift) * 4) =
-            a8_log8_pack(header);
+      if (of < place.lines && (threadIdx.x & (lanes - 1u)) == 0)
+        *reinterpret_cast<uint32_t*>(const_cast<char*>(a8_second_block(place, of))) = a8_log8_pack(header);
       if (twice) continue;
     }
     float root[8], m[8], u[8];
     if (!place.log8) plan.ordinary = a8_are_ordinary(v);
     a8_roots(v, job.bound, plan.ordinary, root);
-    if (kMomentum) a8_decode_first(first, place.first_format, place.first + (uint64_t)e * 4, active, table, m);
+    if (kMomentum)
+      a8_decode_first(first, place.first_format, place.first + (uint64_t)line * (A8_LINE * 4), active, table, m);
     a8_update_eight<kGrad, kMomentum>(job, grad, root, m, u);
-    if (kMomentum) a8_put_first(place, e, active, table, m);
+    if (kMomentum) a8_put_first(place, line, active, table, m);
     if (active) {
-      a8_put_params<kParam>(job, write, place, e, a8_update_sign<kMomentum>(job), param, u, accumulators);
+      a8_put_params<kParam>(job, write, place, line, a8_update_sign<kMomentum>(job), param, u, accumulators);
       if (place.log8)
-        a8_put_second(job, write, place, e, plan, v);
+        a8_put_second(job, write, place, line, plan, v);
       else
-        a8_put_floats(v, const_cast<char*>(place.second) + (uint64_t)e * 4, 0);
+        a8_put_floats(v, const_cast<char*>(place.second) + (uint64_t)line * (A8_LINE * 4), 0);
     }
   }
   return a8_fold_warp(accumulators);
+}
+
+template <uint32_t kParam, uint32_t kGrad, a8_momentum kAverages>
+A8_FN float a8_apply_averaged(const a8_factor_job& job, char* arena, const a8_nf4_table* table) {
+  uint32_t first = job.tensor->first_format;
+  return first == A8_NF4    ? a8_apply_factored<kParam, kGrad, kAverages, A8_NF4>(job, arena, table)
+         : first == A8_INT8 ? a8_apply_factored<kParam, kGrad, kAverages, A8_INT8>(job, arena, table)
+                            : a8_apply_factored<kParam, kGrad, kAverages, A8_STATE_F32>(job, arena, table);
 }
 
 template <uint32_t kParam, uint32_t kGrad, bool kFactored>
 A8_FN float a8_apply_typed(const a8_factor_job& job, char* arena, const a8_nf4_table* table) {
   bool momentum = job.tensor->first_format != A8_NONE;
   if constexpr (kFactored) {
-    if (!momentum) return a8_apply_factored<kParam, kGrad, A8_NO_MOMENTUM>(job, arena, table);
-    return a8_averages_update(job) ? a8_apply_factored<kParam, kGrad, A8_OF_UPDATE>(job, arena, table)
-                                   : a8_apply_factored<kParam, kGrad, A8_OF_GRADIENT>(job, arena, table);
+    if (!momentum) return a8_apply_factored<kParam, kGrad, A8_NO_MOMENTUM, A8_NONE>(job, arena, table);
+    return a8_averages_update(job) ? a8_apply_averaged<kParam, kGrad, A8_OF_UPDATE>(job, arena, table)
+                                   : a8_apply_averaged<kParam, kGrad, A8_OF_GRADIENT>(job, arena, table);
   } else {
-    return momentum ? a8_apply_full<kParam, kGrad, true>(job, arena, table)
-                    : a8_apply_full<kParam, kGrad, false>(job, arena, table);
+    if (a8_is_usual_second(job.tensor))
+      return momentum ? a8_apply_full<kParam, kGrad, true, true>(job, arena, table)
+                      : a8_apply_full<kParam, kGrad, false, true>(job, arena, table);
+    return momentum ? a8_apply_full<kParam, kGrad, true, false>(job, arena, table)
+                    : a8_apply_full<kParam, kGrad, false, false>(job, arena, table);
   }
 }
 

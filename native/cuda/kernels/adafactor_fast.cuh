@@ -10,40 +10,56 @@
 
 #define A8_LINE A8_LANES
 
-// Beyond the maximum a root is taken by the compiler's guarded functions. Below 2^-100 every root meets the bound, which is
-// under 2^50; only element-wise moments need one, for the factors of a factored one are made elsewhere.
+// Beyond the maximum a root is guarded. Below 2^-100 every root meets the bound, which is under 2^50. Only element-wise moments
+// need one, for the factors of a factored one are made elsewhere.
 #define A8_ROOT_MAX A8_TWO_TO(100)
 #define A8_BOUND_MAX 1.1e15f
 
 #define A8_TYPES(param, grad) ((param) * 4u + (grad))
 
-// Where a chunk's arrays lie.
+// In the place of a format that is known when the kernel is compiled.
+#define A8_ANY_FORMAT 255u
+
+// Where a lane's eights lie: of its first line here, of the next ones A8_LINE elements on.
 typedef struct a8_lane_place {
   const char *grad, *param, *first, *first_block, *second, *second_block;
-  uint32_t count;  // elements of the chunk
+  uint32_t lines;       // in which the lane has an eight
+  uint32_t warp_lines;  // in which a lane of the warp has
   uint32_t first_format;
   uint32_t second_shift;  // log2 of the second moment's block size
   bool log8;
+
+  // Of what a kernel is compiled for: log8 with blocks of A8_USUAL_BLOCK.
+  A8_MEMBER void expect_usual() {
+    log8 = true;
+    second_shift = 7;
+    static_assert(A8_USUAL_BLOCK == 1 << 7, "its logarithm");
+  }
 } a8_lane_place;
 
-// Hides from the compiler how a pointer was made.
+A8_FN bool a8_is_usual_second(const a8_tensor* t) {
+  return t->second_format == A8_LOG8 && t->second_block_size == A8_USUAL_BLOCK;
+}
+
+// Hide from the compiler how a value was made.
 A8_FN void a8_settle(const char** pointer) { asm("" : "+l"(*pointer)); }
+A8_FN void a8_settle(uint32_t* x) { asm("" : "+r"(*x)); }
 
 A8_FN a8_lane_place a8_lane_place_of(const a8_factor_job& job) {
   const a8_tensor* t = job.tensor;
+  const int64_t e = job.from + 8 * a8_lane();
   a8_lane_place place;
-  place.grad = a8_at<char>(t->grad, job.from * (t->grad_dtype == A8_F32 ? 4 : 2));
-  place.param = a8_at<char>(t->param, job.from * (t->param_dtype == A8_F32 ? 4 : 2));
+  place.grad = a8_at<char>(t->grad, e * (t->grad_dtype == A8_F32 ? 4 : 2));
+  place.param = a8_at<char>(t->param, e * (t->param_dtype == A8_F32 ? 4 : 2));
   place.first_format = t->first_format;
-  place.first = a8_at<char>(t->first, t->first_format == A8_NF4    ? job.from / 2
-                                      : t->first_format == A8_INT8 ? job.from
-                                                                   : job.from * 4);
-  place.first_block = a8_at<char>(t->first_block, job.from / A8_USUAL_BLOCK * 4);
+  place.first = a8_at<char>(t->first, t->first_format == A8_NF4 ? e / 2 : t->first_format == A8_INT8 ? e : e * 4);
+  place.first_block = a8_at<char>(t->first_block, e / A8_USUAL_BLOCK * 4);
   place.log8 = t->second_format == A8_LOG8;
   place.second_shift = 31u - (uint32_t)__clz((int)t->second_block_size);
-  place.second = a8_at<char>(t->second, place.log8 ? job.from : job.from * 4);
-  place.second_block = a8_at<char>(t->second_block, (job.from >> place.second_shift) * 4);
-  place.count = job.count;
+  place.second = a8_at<char>(t->second, place.log8 ? e : e * 4);
+  place.second_block = a8_at<char>(t->second_block, (e >> place.second_shift) * 4);
+  place.lines = (job.count + A8_LINE - 1 - 8 * a8_lane()) / A8_LINE;
+  place.warp_lines = (job.count + A8_LINE - 1) / A8_LINE;
   // Left to itself the compiler keeps bases and offsets apart, which takes twice the registers.
   a8_settle(&place.grad);
   a8_settle(&place.param);
@@ -52,6 +68,11 @@ A8_FN a8_lane_place a8_lane_place_of(const a8_factor_job& job) {
   a8_settle(&place.second);
   a8_settle(&place.second_block);
   return place;
+}
+
+// The header of the lane's eight in a line: what its own offset in a line adds is in the place.
+A8_FN const char* a8_second_block(const a8_lane_place& place, uint32_t line) {
+  return place.second_block + ((uint64_t)line * A8_LINE >> place.second_shift) * 4;
 }
 
 // --- Loads and stores of a lane's eight. ---
@@ -92,37 +113,40 @@ A8_FN void a8_decode_first(const a8_first_eight& x, uint32_t format, const void*
   }
 }
 
-// Called by whole warps; lanes that are not active hold zeros. e: of the chunk.
-A8_FN void a8_put_first(const a8_lane_place& place, uint32_t e, bool active, const a8_nf4_table* table,
+// Called by whole warps; lanes that are not active hold zeros.
+A8_FN void a8_put_first(const a8_lane_place& place, uint32_t line, bool active, const a8_nf4_table* table,
                         const float* m) {
+  char* first = const_cast<char*>(place.first);
   if (place.first_format == A8_STATE_F32) {
-    if (active) a8_put_floats(m, const_cast<char*>(place.first) + (uint64_t)e * 4, 0);
+    if (active) a8_put_floats(m, first + (uint64_t)line * (A8_LINE * 4), 0);
     return;
   }
-  uint32_t most = a8_most_of_lanes(m);
-  float scale, absmax = a8_float(most);
-  bool leader = active && threadIdx.x % (A8_USUAL_BLOCK / 8) == 0;
+  const bool nf4 = place.first_format == A8_NF4;
+  uint32_t most = a8_most_of_lanes(m), codes[2];
+  float absmax = a8_float(most), inverse, scale;
   // One branch for the warp: the ranges of exact.cuh, or what has to be guarded.
-  bool ordinary = most == 0 || (absmax >= A8_TWO_TO(-100) && absmax <= A8_TWO_TO(100) && a8_has_exact_reciprocal(most));
-  ordinary = __all_sync(A8_LANE_MASK, ordinary);
-  char* codes = const_cast<char*>(place.first);
-  if (place.first_format == A8_NF4) {
-    float inverse = !ordinary ? a8_absmax_inverse(most, 1.0f) : most == 0 ? 0.0f : a8_exact_reciprocal(absmax);
-    scale = !ordinary ? a8_absmax_scale(most, 1.0f) : absmax;
-    uint32_t packed = a8_nf4_eight(table, m, inverse);
-    if (!ordinary && !a8_absmax_finite(most)) packed = A8_NF4_ZERO * 0x11111111u;
-    if (active) __stcs(reinterpret_cast<uint32_t*>(codes + e / 2), packed);
+  bool ordinary = most - a8_bits(A8_TWO_TO(-100)) <= a8_bits(A8_TWO_TO(100)) - a8_bits(A8_TWO_TO(-100));
+  if (__all_sync(A8_LANE_MASK, ordinary && a8_has_exact_reciprocal(most))) {
+    inverse = nf4 ? a8_exact_reciprocal(absmax) : a8_exact_div(A8_INT8_LEVELS, absmax);
+    scale = nf4 ? absmax : a8_exact_div_127(absmax);
   } else {
-    float inverse = !ordinary   ? a8_absmax_inverse(most, A8_INT8_LEVELS)
-                    : most == 0 ? 0.0f
-                                : a8_exact_div(A8_INT8_LEVELS, absmax);
-    scale = !ordinary ? a8_absmax_scale(most, A8_INT8_LEVELS) : most == 0 ? 0.0f : a8_exact_div_127(absmax);
-    uint32_t packed[2];
-    a8_int8_eight(m, inverse, packed);
-    if (!ordinary && !a8_absmax_finite(most)) packed[0] = packed[1] = 0u;
-    if (active) __stcs(reinterpret_cast<uint2*>(codes + e), make_uint2(packed[0], packed[1]));
+    inverse = a8_absmax_inverse(most, nf4 ? 1.0f : A8_INT8_LEVELS);
+    scale = a8_absmax_scale(most, nf4 ? 1.0f : A8_INT8_LEVELS);
   }
-  if (leader) __stcs(reinterpret_cast<float*>(const_cast<char*>(place.first_block) + e / A8_USUAL_BLOCK * 4), scale);
+  if (nf4)
+    codes[0] = a8_nf4_eight(table, m, inverse);
+  else
+    a8_int8_eight(m, inverse, codes);
+  if (scale != scale) codes[0] = codes[1] = nf4 ? A8_NF4_ZERO * 0x11111111u : 0u;  // not a8_absmax_finite
+  if (!active) return;
+  if (nf4)
+    __stcs(reinterpret_cast<uint32_t*>(first + (uint64_t)line * (A8_LINE / 2)), codes[0]);
+  else
+    __stcs(reinterpret_cast<uint2*>(first + (uint64_t)line * A8_LINE), make_uint2(codes[0], codes[1]));
+  if (threadIdx.x % (A8_USUAL_BLOCK / 8) == 0) {
+    char* to = const_cast<char*>(place.first_block) + (uint64_t)line * (A8_LINE / A8_USUAL_BLOCK * 4);
+    __stcs(reinterpret_cast<float*>(to), scale);
+  }
 }
 
 // --- The second moment. ---
@@ -131,30 +155,31 @@ A8_FN void a8_put_first(const a8_lane_place& place, uint32_t e, bool active, con
 typedef struct a8_matrix_place {
   const float* scratch;  // the same for all tensors, so it takes no registers; the rest are indices
   uint32_t row;          // of the lane's row factor
-  uint32_t cols, col;    // of column 0's factor; the lane's column
+  uint32_t col;          // the lane's column, seen from the row's end: below zero, so that a step past the end carries
+  uint32_t cols_end;     // past the last column's factor
   uint32_t col_count;
-  uint32_t rows_cols_a_line;  // from a line of the chunk to the next: rows in the high half, columns in the low
+  uint64_t line;  // from a line of the chunk to the next: rows in the high half, columns in the low
 } a8_matrix_place;
 
 A8_FN a8_matrix_place a8_matrix_place_of(const a8_factor_job& job) {
   a8_matrix_place place;
-  int64_t e = job.from + 8 * a8_lane(), row = a8_row_of(e, job.tensor->cols);
+  int64_t e = job.from + 8 * a8_lane(), cols = job.tensor->cols, row = a8_row_of(e, cols);
   place.scratch = job.scratch;
   place.row = (uint32_t)(job.tensor->row_at + row);
-  place.cols = (uint32_t)job.tensor->col_at;
-  place.col_count = (uint32_t)job.tensor->cols;
-  place.col = (uint32_t)(e - row * job.tensor->cols);
-  place.rows_cols_a_line = A8_LINE / place.col_count << 16 | A8_LINE % place.col_count;
+  place.col = (uint32_t)(e - (row + 1) * cols);
+  place.cols_end = (uint32_t)(job.tensor->col_at + cols);
+  place.col_count = (uint32_t)cols;
+  place.line = (uint64_t)(A8_LINE / place.col_count) << 32 | A8_LINE % place.col_count;
   return place;
 }
 
 A8_FN void a8_next_line(a8_matrix_place* place) {
-  place->row += place->rows_cols_a_line >> 16;
-  place->col += place->rows_cols_a_line & 0xffffu;
-  if (place->col >= place->col_count) {
-    place->col -= place->col_count;
-    place->row += 1;
-  }
+  uint64_t next = ((uint64_t)place->row << 32 | place->col) + place->line;
+  uint32_t col = (uint32_t)next;
+  place->row = (uint32_t)(next >> 32);
+  place->col = max(col, col - place->col_count);  // back below zero
+  a8_settle(&place->row);
+  a8_settle(&place->col);
 }
 
 A8_FN float a8_bounded(float root, float bound) {
@@ -167,11 +192,12 @@ A8_FN float a8_bounded(float root, float bound) {
 #endif
 }
 
-// What lies beyond the chunk's end has no row, but some column.
-A8_FN void a8_factored_roots(const a8_matrix_place& place, float bound, bool active, float* root) {
+// What lies beyond the chunk's end has no row, but some column. row_shift: to the row factors from those of the place.
+A8_FN void a8_factored_roots(const a8_matrix_place& place, uint32_t row_shift, uint32_t cols_end, float bound,
+                             bool active, float* root) {
   float row = 0.0f;
-  if (active) row = place.scratch[place.row];
-  const float* col = place.scratch + (place.cols + place.col);
+  if (active) row = place.scratch[place.row + row_shift];
+  const float* col = place.scratch + (cols_end + place.col);
 #pragma unroll
   for (int i = 0; i < 8; i += 4) {
     float4 x = *reinterpret_cast<const float4*>(col + i);
@@ -194,11 +220,13 @@ A8_FN bool a8_are_ordinary(const float* v) {
   return __all_sync(A8_LANE_MASK, most <= a8_bits(A8_ROOT_MAX));
 }
 
-static __device__ __noinline__ a8_float_eight a8_guarded_roots(a8_float_eight v, float bound) {
-  a8_float_eight root;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) root.x[i] = a8_at_most(a8_reciprocal_root(v.x[i]), bound);
-  return root;
+// a8_bounded_root for any v that is not negative. Powers of four are taken out of what is too large.
+A8_FN float a8_guarded_root(float v, float bound) {
+  bool large = v > A8_ROOT_MAX;
+  float root = a8_exact_reciprocal_root(large ? v * A8_TWO_TO(-64) : v);
+  root = fminf(large ? root * A8_TWO_TO(-32) : root, bound);
+  float infinite = v != v ? v : 0.0f;
+  return v < a8_float(0x7f800000u) ? root : infinite;
 }
 
 // ordinary: a8_are_ordinary, or known to be.
@@ -207,10 +235,8 @@ A8_FN void a8_roots(const float* v, float bound, bool ordinary, float* root) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) root[i] = a8_bounded_root(v[i], bound);
   } else {
-    a8_float_eight values = {{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]}};
-    a8_float_eight guarded = a8_guarded_roots(values, bound);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) root[i] = guarded.x[i];
+    for (int i = 0; i < 8; ++i) root[i] = a8_guarded_root(v[i], bound);
   }
 }
 

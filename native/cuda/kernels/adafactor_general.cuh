@@ -32,9 +32,8 @@ A8_FN float a8_factor_update(const a8_factor_job& job, const a8_adafactor_rule* 
 }
 
 // Elements (e, e + 1) of the span; the moments of one that does not exist are zero.
-static __device__ __noinline__ a8_factor_pair a8_factor_moments(const a8_factor_job& job, const a8_adafactor_rule* rule,
-                                                                const a8_span& span, const a8_moment_room* room,
-                                                                uint32_t e) {
+A8_FN a8_factor_pair a8_factor_moments(const a8_factor_job& job, const a8_adafactor_rule* rule, const a8_span& span,
+                                       const a8_moment_room* room, uint32_t e) {
   const a8_tensor* t = job.tensor;
   bool both = e + 1 < span.count;
   int64_t at = span.from + e;

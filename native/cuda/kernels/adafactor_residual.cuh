@@ -17,11 +17,14 @@ typedef struct a8_residual_rule {
 // kAverages: of a tensor with A8_AVERAGE_UPDATE; else of any.
 template <bool kAverages>
 A8_FN float a8_residual_of(const a8_residual_rule& r, float g, float root, float m) {
+  if (kAverages) {
+    float u = g * root * a8_signed(r.clipped, r.sign);
+    return a8_residual(u, r.beta1 * m + r.one_minus_beta1 * u, r.eps3);
+  }
   float gradient = a8_signed(g, r.sign), u = gradient * root;
-  bool averages = kAverages || r.averages;
-  if (averages) u = u * r.clipped;
-  m = r.beta1 * m + r.one_minus_beta1 * (averages ? u : gradient);
-  return a8_residual(u, averages ? m : m * root, r.eps3);
+  if (r.averages) u = u * r.clipped;
+  m = r.beta1 * m + r.one_minus_beta1 * (r.averages ? u : gradient);
+  return a8_residual(u, r.averages ? m : m * root, r.eps3);
 }
 
 // Where a lane's eight of a tile's row come from.
@@ -50,16 +53,16 @@ A8_FN float a8_first_at(const a8_residual_place& place, int64_t e) {
 }
 
 // What is stored of eight elements from a multiple of eight on, aligned (a8_suits_residual): they lie in one block. Codes only.
-A8_FN void a8_load_first(const a8_residual_place& place, uint32_t format, int64_t e, a8_first_eight* x) {
+A8_FN void a8_load_first(uint32_t format, const char* at, const float* scale, a8_first_eight* x) {
   if (format == A8_INT8) {
-    uint2 codes = *reinterpret_cast<const uint2*>(place.first + e);
+    uint2 codes = __ldg(reinterpret_cast<const uint2*>(at));
     x->codes[0] = codes.x, x->codes[1] = codes.y;
   } else if (format == A8_NF4) {
-    x->codes[0] = *reinterpret_cast<const uint32_t*>(place.first + e / 2);
+    x->codes[0] = __ldg(reinterpret_cast<const uint32_t*>(at));
   } else {
     return;
   }
-  x->scale = place.first_block[e >> place.first_shift];
+  x->scale = __ldg(scale);
 }
 
 // Their values, from the codes or, of a moment that has none, from memory.
@@ -84,13 +87,14 @@ A8_FN bool a8_suits_residual(const a8_residual_place& place) {
 
 // One run of rows by one warp: row sums to `row_sums`, the run's column sums to `columns` in shared memory. row0, col0: of the
 // matrix, the run's first. kAligned: a8_suits_residual, with gradients of kDtype, of 16 bits loaded while the row before is worked
-// on; else of any type. kFirst: the format of a first moment that averages updates, or A8_NONE for all others: a loop for each
+// on; else of any type. kFirst: the format of a first moment of a8_is_usual_residual, or A8_NONE for all others: a loop for each
 // format would not fit the instruction cache.
 template <uint32_t kDtype, bool kAligned, uint32_t kFirst>
 A8_FN void a8_residual_run(const a8_residual_place& place, const a8_residual_rule& rule, int64_t row0, int64_t col0,
                            int rows, int cols, float* row_sums, float* columns) {
   const a8_tensor* t = place.tensor;
   const uint32_t format = kFirst == A8_NONE ? t->first_format : kFirst;
+  const bool kUsual = kFirst != A8_NONE;
   const bool kAhead = kAligned && kDtype != A8_F32;  // of float32 it would not fit the registers
   int lane = (int)a8_lane();
   float column[A8_TILE_LINES][8];
@@ -99,13 +103,19 @@ A8_FN void a8_residual_run(const a8_residual_place& place, const a8_residual_rul
   int64_t next = row0 * place.cols + col0 + 8 * lane;  // of the row to be loaded: the lane's first element
   auto load = [&](int k) {
     int exist = cols - k * A8_LANES - 8 * lane;
-    int64_t e = next + k * A8_LANES;
-    if (exist <= 0) return;
+    if (!kUsual && exist <= 0) return;
     if (kAligned) {
-      a8_load_eight<kDtype>(place.grad + e * (kDtype == A8_F32 ? 4 : 2), grad[k]);
-      a8_load_first(place, format, e, &first[k]);
+      // Each line's place from the row's, by a constant.
+      const int kBytes = kDtype == A8_F32 ? 4 : 2;
+      a8_load_eight<kDtype>(place.grad + next * kBytes + k * (A8_LANES * kBytes), grad[k]);
+      const char* first_at =
+          format == A8_NF4 ? place.first + next / 2 + k * (A8_LANES / 2) : place.first + next + k * A8_LANES;
+      const float* scale = place.first_block + (kUsual ? next / A8_USUAL_BLOCK + k * (A8_LANES / A8_USUAL_BLOCK)
+                                                       : (next + k * A8_LANES) >> place.first_shift);
+      a8_load_first(format, first_at, scale, &first[k]);
     } else {
-      a8_load_any(a8_at<char>(t->grad, e * (t->grad_dtype == A8_F32 ? 4 : 2)), t->grad_dtype, exist, grad[k]);
+      a8_load_any(a8_at<char>(t->grad, (next + k * A8_LANES) * (t->grad_dtype == A8_F32 ? 4 : 2)), t->grad_dtype, exist,
+                  grad[k]);
     }
   };
 #pragma unroll
@@ -126,13 +136,13 @@ A8_FN void a8_residual_run(const a8_residual_place& place, const a8_residual_rul
       bool more = row + r + 1 < rows;
       int64_t at = next;
       float factor = row_factor;
-      if (kAhead) next += place.cols;
+      if (kAhead && (more || !kUsual)) next += place.cols;  // the last row is loaded twice: no line needs a branch
       if (more) row_factor = place.row_factor[row0 + row + r + 1];
 #pragma unroll
       for (int k = 0; k < A8_TILE_LINES; ++k) {
         int exist = cols - k * A8_LANES - 8 * lane;
         float g[8], m[8], root[8];
-        if (exist > 0) {
+        if (kUsual || exist > 0) {
           int64_t e = at + k * A8_LANES;
           if (!kAhead) load(k);
 #pragma unroll
@@ -146,12 +156,12 @@ A8_FN void a8_residual_run(const a8_residual_place& place, const a8_residual_rul
             if (!kAligned) m[i] = i < exist ? a8_first_at(place, e + i) : 0.0f;
           }
           if (kAligned) a8_first_values(place, format, e, first[k], m);
-          if (kAhead && more) load(k);
+          if (kAhead && (more || kUsual)) load(k);
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
             if (!kAligned && i >= exist) continue;
-            float x = a8_residual_of<kFirst != A8_NONE>(rule, g[i], a8_bounded(factor * root[i], rule.bound), m[i]);
-            lanes[8 * r + i] += x;
+            float x = a8_residual_of<kUsual>(rule, g[i], a8_bounded(factor * root[i], rule.bound), m[i]);
+            lanes[8 * r + i] = kUsual && k == 0 ? x : lanes[8 * r + i] + x;
             column[k][i] += x;
           }
         }
@@ -164,13 +174,18 @@ A8_FN void a8_residual_run(const a8_residual_place& place, const a8_residual_rul
   a8_put_columns(column, columns);
 }
 
+// Whether the tile has all its columns, and the first moment averages updates in blocks of A8_USUAL_BLOCK.
+A8_FN bool a8_is_usual_residual(const a8_residual_place& place, const a8_residual_rule& rule, int cols) {
+  return cols == A8_TILE_COLS && rule.averages && place.tensor->first_block_size == A8_USUAL_BLOCK;
+}
+
 template <uint32_t kDtype>
 A8_FN void a8_residual_aligned(const a8_residual_place& place, const a8_residual_rule& rule, int64_t row0, int64_t col0,
                                int rows, int cols, float* row_sums, float* columns) {
-  uint32_t format = place.tensor->first_format;
-  if (rule.averages && format == A8_INT8)
+  uint32_t format = a8_is_usual_residual(place, rule, cols) ? place.tensor->first_format : A8_NONE;
+  if (format == A8_INT8)
     a8_residual_run<kDtype, true, A8_INT8>(place, rule, row0, col0, rows, cols, row_sums, columns);
-  else if (rule.averages && format == A8_NF4)
+  else if (format == A8_NF4)
     a8_residual_run<kDtype, true, A8_NF4>(place, rule, row0, col0, rows, cols, row_sums, columns);
   else
     a8_residual_run<kDtype, true, A8_NONE>(place, rule, row0, col0, rows, cols, row_sums, columns);

@@ -69,32 +69,18 @@ A8_FN void a8_round_eight(const float* x, const uint32_t* words, uint32_t* w) {
   }
 }
 
-typedef struct a8_float_eight {
-  float x[8];
-} a8_float_eight;
-
-// The same by a call, for cases so rare that their code should not be in the way.
-template <uint32_t kDtype, bool kStochastic>
-static __device__ __noinline__ uint4 a8_round_eight_rarely(a8_float_eight x, uint4 words) {
-  uint32_t noise[4] = {words.x, words.y, words.z, words.w}, w[4];
-  a8_round_eight<kDtype, kStochastic>(x.x, noise, w);
-  return make_uint4(w[0], w[1], w[2], w[3]);
-}
-
-template <uint32_t kDtype, bool kStochastic, bool kCall>
-A8_FN void a8_round_rare_eight(const float* x, const uint32_t* words, uint32_t* w) {
-  if (!kCall) {
-    a8_round_eight<kDtype, kStochastic>(x, words, w);
-    return;
+// Gives the NaN among eight values the format's pattern, which is the same for both ways of rounding. w: the others' values.
+template <uint32_t kDtype>
+A8_FN void a8_mend_nan(const float* x, uint32_t* w) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    uint32_t nan = (a8_bits(x[i]) >> 16 & 0x8000u) | (kDtype == A8_BF16 ? 0x7fc0u : 0x7e00u);
+    if (x[i] != x[i]) w[i / 2] = __byte_perm(w[i / 2], nan, i % 2 ? 0x5410 : 0x3254);
   }
-  a8_float_eight values = {{x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]}};
-  uint4 noise = kStochastic ? make_uint4(words[0], words[1], words[2], words[3]) : make_uint4(0u, 0u, 0u, 0u);
-  uint4 y = a8_round_eight_rarely<kDtype, kStochastic>(values, noise);
-  w[0] = y.x, w[1] = y.y, w[2] = y.z, w[3] = y.w;
 }
 
-// Eight values to nearest, packed. The same bits as a8_to_bf16 and a8_to_f16. kCall: NaN are rounded by a call.
-template <uint32_t kDtype, bool kCall = false>
+// Eight values to nearest, packed. The same bits as a8_to_bf16 and a8_to_f16.
+template <uint32_t kDtype>
 A8_FN void a8_pack_eight(const float* x, uint32_t* w) {
   if constexpr (kDtype == A8_F32) {
 #pragma unroll
@@ -117,7 +103,7 @@ A8_FN void a8_pack_eight(const float* x, uint32_t* w) {
       else
         asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(most) : "r"(w[i]));
     }
-    if ((most & 0xffffu) == 0x7fffu || most >> 16 == 0x7fffu) a8_round_rare_eight<kDtype, false, kCall>(x, nullptr, w);
+    if ((most & 0xffffu) == 0x7fffu || most >> 16 == 0x7fffu) a8_mend_nan<kDtype>(x, w);
 #else
     a8_round_eight<kDtype, false>(x, nullptr, w);
 #endif
@@ -131,21 +117,27 @@ A8_FN uint32_t a8_pack_clamped(int32_t high, int32_t low, uint32_t above) {
   return packed;
 }
 
+// Whether a NaN is among eight values. True as well for some infinities and for products that overflow: the sums of products
+// are for nothing but to carry a NaN along.
+A8_FN bool a8_may_hold_nan(const float* x) {
+  float y = __fmaf_rn(x[0], x[1], x[2]);
+  y = __fmaf_rn(x[3], x[4], y);
+  y = __fmaf_rn(x[5], x[6], y) + x[7];
+  return y != y;
+}
+
 // Eight values of a 16-bit type, rounded stochastically. words: the noise of four pairs.
-template <uint32_t kDtype, bool kCall = false>
+template <uint32_t kDtype>
 A8_FN void a8_pack_eight_stochastic(const float* x, const uint32_t* words, uint32_t* w) {
-  if (kDtype != A8_BF16) {
+  if constexpr (kDtype != A8_BF16) {
     a8_round_eight<kDtype, true>(x, words, w);
-    return;
+  } else {
+    // The high half of a sum, as in a8_to_bf16_stochastic; infinity's low half is zero, so it stays.
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      w[i] = __byte_perm(a8_bits(x[2 * i]) + (words[i] & 0xffffu), a8_bits(x[2 * i + 1]) + (words[i] >> 16), 0x7632);
+    if (a8_may_hold_nan(x)) a8_mend_nan<kDtype>(x, w);
   }
-  uint32_t most = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) most = max(most, a8_magnitude_bits(x[i]));
-  // a8_to_bf16_stochastic, when it has no infinity or NaN to spare: the high half of a sum.
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    w[i] = __byte_perm(a8_bits(x[2 * i]) + (words[i] & 0xffffu), a8_bits(x[2 * i + 1]) + (words[i] >> 16), 0x7632);
-  if (!a8_absmax_finite(most)) a8_round_rare_eight<kDtype, true, kCall>(x, words, w);
 }
 
 // a8_int8_encode, the codes packed.

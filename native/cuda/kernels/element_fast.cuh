@@ -220,4 +220,5 @@ struct a8_fast_stretch_room {
     a8_fast_room<kSecond> fast;
   };
   unsigned long long left[A8_MAX_GROUP];  // units of each chunk that are the general path's
+  uint32_t index;                         // of the chunk whose turn it is: not in a register, for these are scarce
 };

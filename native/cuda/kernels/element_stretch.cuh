@@ -25,6 +25,7 @@ A8_FN a8_element_job a8_stretch_job(const a8_batch& batch, const float* scratch,
 template <int KIND>
 A8_FN void a8_update_left(const a8_element_job& job, uint32_t parts, const unsigned long long* left,
                           a8_moment_room* room) {
+#pragma unroll 1  // unrolled, it would spill registers
   for (uint32_t part = 0; part < parts; ++part) {
     unsigned long long units = left[part];
     if (units) a8_element_general<KIND>(job, part, units, room);
@@ -37,22 +38,24 @@ A8_FN void a8_update_left(const a8_element_job& job, uint32_t parts, const unsig
 template <int KIND>
 A8_FN void a8_update_fast(const a8_batch& batch, const float* scratch, uint32_t group,
                           a8_fast_stretch_room<KIND == A8_ADAM>* room) {
-  uint32_t index = blockIdx.x * group, end = min(batch.chunk_count, index + group);
-  while (index < end) {
-    a8_chunk chunk = batch.chunks[a8_agreed(index)];
+  if (threadIdx.x == 0) room->index = blockIdx.x * group;
+  __syncthreads();
+  do {
+    uint32_t index = a8_agreed(room->index), end = min(batch.chunk_count, index / group * group + group);
+    a8_chunk chunk = batch.chunks[index];
     uint32_t parts = a8_stretch(batch, chunk, end - index);
     a8_element_job job = a8_stretch_job<KIND>(batch, scratch, chunk, parts);
     bool fast = a8_fast_rule<KIND, A8_F32, A8_F32>::suits(job);
     if (threadIdx.x < A8_MAX_GROUP) room->left[threadIdx.x] = fast ? 0 : A8_ALL_UNITS;
     __syncthreads();
+    if (threadIdx.x == 0) room->index = index + parts;
     if (fast) {
       a8_fast_typed<KIND>(job, room->fast.bytes, room->left);
       a8_copies_wait<0>();  // none may land in what the general path writes
       __syncthreads();
     }
     a8_update_left<KIND>(job, parts, room->left, &room->general);
-    index += parts;
-  }
+  } while (room->index % group != 0 && room->index < batch.chunk_count);
 }
 
 // Shared memory of a block of threads.
@@ -63,7 +66,7 @@ typedef struct a8_lanes_room {
   };
   a8_nf4_table table;
   unsigned long long left[A8_MAX_GROUP];  // units of each chunk that are the general path's
-  uint32_t index;                         // of the chunk whose turn it is
+  uint32_t index;                         // as in a8_fast_stretch_room
 } a8_lanes_room;
 
 // Not inlined: the compiler would make the table's numbers before the loop and keep them in registers.
@@ -75,7 +78,6 @@ A8_FN void a8_update_by_lanes(const a8_batch& batch, const float* scratch, uint3
   if (threadIdx.x == 0) room->index = blockIdx.x * group;
   __syncthreads();
   do {
-    // In shared memory, for registers are scarce.
     uint32_t index = a8_agreed(room->index), end = min(batch.chunk_count, index / group * group + group);
     a8_chunk chunk = batch.chunks[index];
     uint32_t parts = a8_stretch(batch, chunk, end - index);

@@ -8,14 +8,16 @@
 
 #define A8_NF4_BINS 64
 
+// Aligned so that offsets are added to the address of a part by `or`, or take the place of its lowest byte. Two loads of 32 bits,
+// for the lanes' bins lie in banks of their own; one of 64 took twice the time.
 typedef struct a8_nf4_table {
   alignas(512) float middle[A8_NF4_BINS];
   uint32_t below[A8_NF4_BINS];  // so that one address serves both
-  alignas(64) float levels[16];
+  alignas(256) float levels[16];
 } a8_nf4_table;
 
 // The bin of x, times 4 as the table's byte offset. Monotone in x over [-1, 1]; anything for a NaN.
-A8_FN uint32_t a8_nf4_bin(float x) { return a8_bits(__fmaf_rn(x, 64.0f, 8388608.0f + 68.0f)) & 0xfcu; }
+A8_FN uint32_t a8_nf4_bin_of(float x) { return a8_bits(__fmaf_rn(x, 64.0f, 8388608.0f + 68.0f)) & 0xfcu; }
 
 // By threads 0 .. A8_NF4_BINS - 1. The caller synchronises.
 A8_FN void a8_share_nf4_table(a8_nf4_table* table) {
@@ -24,7 +26,7 @@ A8_FN void a8_share_nf4_table(a8_nf4_table* table) {
   uint32_t below = 0;
   for (int level = 0; level < 15; ++level) {
     float x = (a8_nf4_levels[level] + a8_nf4_levels[level + 1]) * 0.5f;
-    uint32_t bin = a8_nf4_bin(x) / 4;
+    uint32_t bin = a8_nf4_bin_of(x) / 4;
     if (bin == threadIdx.x) middle = x;
     below += bin < threadIdx.x ? 1u : 0u;
   }
@@ -33,14 +35,12 @@ A8_FN void a8_share_nf4_table(a8_nf4_table* table) {
   if (threadIdx.x < 16) table->levels[threadIdx.x] = a8_nf4_levels[threadIdx.x];
 }
 
-// The address of a part of the table, to which offsets are added by `or`: that is why the parts are aligned.
 A8_FN uint32_t a8_shared_address(const void* shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
 
 // The sign of the difference is the comparison's result, with NaN a positive one.
 A8_FN uint32_t a8_nf4_code(uint32_t bins, float x) {
   float middle;
-  uint32_t below;
-  uint32_t bin = a8_nf4_bin(x) | bins;
+  uint32_t below, bin = a8_nf4_bin_of(x) | bins;
   asm("ld.shared.f32 %0, [%1];" : "=f"(middle) : "r"(bin));
   asm("ld.shared.u32 %0, [%1 + %2];" : "=r"(below) : "r"(bin), "n"(4 * A8_NF4_BINS));
   return below + (a8_bits(middle - x) >> 31);
@@ -56,10 +56,11 @@ A8_FN uint32_t a8_nf4_eight(const a8_nf4_table* table, const float* x, float inv
 
 A8_FN void a8_nf4_decode_eight(const a8_nf4_table* table, uint32_t codes, float scale, float* x) {
   uint32_t levels = a8_shared_address(table->levels);
+  uint32_t even = (codes << 2) & 0x3c3c3c3cu, odd = (codes >> 2) & 0x3c3c3c3cu;  // byte offsets, one a byte
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    uint32_t offset = (i == 0 ? codes << 2 : codes >> (4 * i - 2)) & 60u;
-    asm("ld.shared.f32 %0, [%1];" : "=f"(x[i]) : "r"(offset | levels));
+    uint32_t address = __byte_perm(i % 2 ? odd : even, levels, 0x7650u + i / 2);
+    asm("ld.shared.f32 %0, [%1];" : "=f"(x[i]) : "r"(address));
     x[i] = x[i] * scale;
   }
 }
