@@ -32,7 +32,7 @@ struct a8_stages {
 
   A8_MEMBER char* of_lane(int row) const { return arena + at + 16 * a8_lane() + row; }
 
-  // Where the lane's codes of the first moment are, with the block's scale behind as many bytes.
+  // Where the lane's codes of the first moment are (bytes: 0) and its block's scale (8). nf4 alone leaves out the bytes between.
   A8_MEMBER static bool narrow(uint32_t first_format) { return kMomentum && !kFull && first_format == A8_NF4; }
   A8_MEMBER char* of_first(uint32_t format, int bytes) const {
     return narrow(format) ? arena + at + kStateAt + 8 * a8_lane() + bytes / 2 : of_lane(kStateAt + bytes);
