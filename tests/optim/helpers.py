@@ -76,6 +76,15 @@ def snapshot(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> list
     return result
 
 
+def counted(optimizer: Any, params: Any) -> list[dict[str, Any]]:
+    """The snapshot, with the steps of both kinds as integers."""
+    found = snapshot(optimizer, params)
+    for held, param in zip(found, params, strict=True):
+        if "step" in held:
+            held["step"] = int(optimizer.state[param]["step"])
+    return found
+
+
 def differences(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> list[str]:
     """Where two snapshots differ, in words; empty when they are the same bits."""
     found = [] if len(a) == len(b) else [f"{len(a)} against {len(b)} parameters"]

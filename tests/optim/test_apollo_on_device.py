@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import BackendCase
-from optim.helpers import apply, differences, gradients, parameters, run, snapshot
+from optim.helpers import apply, counted, differences, gradients, parameters, run, snapshot
 
 import a8multi
 from a8multi.backend.registry import backend_for
@@ -45,17 +45,8 @@ LIVE: dict[str, dict[str, bool]] = {
 lives = pytest.mark.parametrize("options", LIVE.values(), ids=LIVE.keys())
 
 
-def _counted(optimizer: Any, params: Any) -> list[dict[str, Any]]:
-    """The snapshot, with the steps of both kinds as integers."""
-    found = snapshot(optimizer, params)
-    for held, param in zip(found, params, strict=True):
-        if "step" in held:
-            held["step"] = int(optimizer.state[param]["step"])
-    return found
-
-
 def _same(one: Any, params: Any, other: Any, twins: Any) -> None:
-    assert not differences(_counted(one, params), _counted(other, twins))
+    assert not differences(counted(one, params), counted(other, twins))
 
 
 def _pair(backend: BackendCase, dtype: torch.dtype = torch.float32, shapes: Any = SHAPES) -> tuple[Any, Any]:

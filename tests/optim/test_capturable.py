@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BackendCase
-from optim.helpers import apply, differences, gradients, parameters, run, snapshot
+from optim.helpers import apply, counted, differences, gradients, parameters, run, snapshot
 
 import a8multi
 from a8multi.backend import marshal
@@ -40,15 +40,6 @@ MAKES: dict[str, Callable[..., Any]] = {
 makes = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES.keys())
 
 
-def _counted(optimizer: Any, params: Any) -> list[dict[str, Any]]:
-    """The snapshot, with the steps of both kinds as integers."""
-    found = snapshot(optimizer, params)
-    for held, param in zip(found, params, strict=True):
-        if "step" in held:
-            held["step"] = int(optimizer.state[param]["step"])
-    return found
-
-
 def _train(optimizer: Any, params: Any, steps: range) -> None:
     sets = [gradients(params, k) for k in range(4)]
     for step in steps:
@@ -65,7 +56,7 @@ def test_the_bits_of_a_hundred_steps(make: Any, backend: BackendCase) -> None:
     steps = range(100 if backend.name != "torch" else 20)
     _train(plain, params, steps)
     _train(counting, twins, steps)
-    assert not differences(_counted(counting, twins), _counted(plain, params))
+    assert not differences(counted(counting, twins), counted(plain, params))
     assert int(counting.state[twins[1]]["step"]) == len(steps) * 4 // 5
     for param in twins:
         step = counting.state[param]["step"]
@@ -82,7 +73,7 @@ def test_what_is_not_contiguous_counts_once(make: Any, backend: BackendCase) -> 
         optimizers = make(params), make(twins, capturable=True)
         for optimizer, each in zip(optimizers, (params, twins), strict=True):
             run(optimizer, each, range(4))
-        assert not differences(_counted(optimizers[1], twins), _counted(optimizers[0], params))
+        assert not differences(counted(optimizers[1], twins), counted(optimizers[0], params))
 
 
 def test_groups_of_both_kinds(backend: BackendCase) -> None:
@@ -95,7 +86,7 @@ def test_groups_of_both_kinds(backend: BackendCase) -> None:
     run(mixed, params, range(4))
     run(plain, twins, range(4))
     assert [isinstance(mixed.state[p]["step"], torch.Tensor) for p in params] == [True, True, False, False, False]
-    assert not differences(_counted(mixed, params), _counted(plain, twins))
+    assert not differences(counted(mixed, params), counted(plain, twins))
 
 
 @makes
@@ -107,7 +98,7 @@ def test_switched_on_and_off(make: Any) -> None:
         run(plain, params, range(step, step + 1))
         run(switching, twins, range(step, step + 1))
         assert isinstance(switching.state[twins[0]]["step"], torch.Tensor) is (step % 4 > 1)
-    assert not differences(_counted(switching, twins), _counted(plain, params))
+    assert not differences(counted(switching, twins), counted(plain, params))
 
 
 def test_an_unchanged_model_is_surveyed_once() -> None:
@@ -130,7 +121,7 @@ def test_a_counter_that_the_user_sets(written: Any) -> None:
         state = optimizer.state[each[1]]
         state["step"] = written(state["step"]) if optimizer is counting else 1000
         run(optimizer, each, range(2, 4))
-    assert not differences(_counted(counting, params), _counted(plain, twins))
+    assert not differences(counted(counting, params), counted(plain, twins))
     assert [int(counting.state[p]["step"]) for p in params] == [4, 1002, 4, 4, 4]
 
 
@@ -156,7 +147,7 @@ def test_checkpoints_go_either_way(make: Any, saves: bool, loads: bool) -> None:
     assert saved is not resumed.state[twins[0]]["step"] or isinstance(saved, int)
     run(optimizer, params, range(3, 6))
     run(resumed, twins, range(3, 6))
-    assert not differences(_counted(resumed, twins), _counted(optimizer, params))
+    assert not differences(counted(resumed, twins), counted(optimizer, params))
 
 
 def test_a_checkpoint_from_before_the_option() -> None:
@@ -171,7 +162,7 @@ def test_a_checkpoint_from_before_the_option() -> None:
     assert resumed.param_groups[0]["capturable"] is True
     run(optimizer, params, range(2, 4))
     run(resumed, twins, range(2, 4))
-    assert not differences(_counted(resumed, twins), _counted(optimizer, params))
+    assert not differences(counted(resumed, twins), counted(optimizer, params))
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
