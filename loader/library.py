@@ -200,9 +200,10 @@ def _bind(handle: ctypes.CDLL, path: Path, entry: Signature) -> Callable[..., An
         raise LibraryIncompatible(str(path), f"symbol {entry.name} is missing{promised}", _rebuild_hint()) from error
     if entry.takes_objects:
         return ctypes.PYFUNCTYPE(entry.restype, *entry.argtypes)((entry.name, handle))
+    bound: Callable[..., Any] = function
     function.restype = entry.restype
     function.argtypes = list(entry.argtypes)
-    return function
+    return bound
 
 
 def _rebuild_hint() -> str:

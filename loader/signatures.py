@@ -1,7 +1,7 @@
 """Every entry of the native libraries: its prototype and the capability that it belongs to.
 
 The only place in Python where prototypes are written; tests/loader compares them with native/include/a8/abi.h and with
-the symbols of the built libraries. A new entry is one row here and one line there.
+the symbols of the built libraries. A new entry is one row here and one declaration there.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from a8multi.plan.step_plan import DTYPES
 from a8multi.quant.formats import StateFormat
 
 _ALIGNMENT = 256  # of a table in device memory, bytes
-_LITTLE = 16384  # bytes
 
 
 def batch_of(plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> tuple[structs.Batch, int | None]:
@@ -76,7 +75,7 @@ def _starts_of(tables: list[np.ndarray]) -> tuple[list[int], int]:
 
 
 def _copy(memory: Tensor, host: Tensor, tables: list[np.ndarray], starts: list[int]) -> None:
-    """Copies the first tables, as many as are given, by way of host memory of the same size."""
+    """Copies the first tables, as many as are given, by way of pinned memory of the same size."""
     view = host.numpy()
     for start, table in zip(starts, tables, strict=False):
         if table.size:
@@ -87,15 +86,6 @@ def _copy(memory: Tensor, host: Tensor, tables: list[np.ndarray], starts: list[i
 def _pinned(size: int) -> Tensor:
     # torch caches pinned memory and hands none out again before the copy that read it is done.
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-
-
-def _host_memory(size: int) -> Tensor:
-    """Where a copy that is no part of a graph may come from.
-
-    CUDA takes a little of ordinary memory along with the command, at once, in half the time that pinned memory costs:
-    40 copies behind a kernel of 50 ms took 0.3 ms up to 64 kB on an H200, and waited for the kernel above that.
-    """
-    return _pinned(size) if size > _LITTLE else torch.empty(size, dtype=torch.uint8)
 
 
 class _DeviceTables:
@@ -129,7 +119,7 @@ class _DeviceTables:
             changed = 2 if data != self._hypers else 0
         if changed:
             size = self._starts[changed - 1] + tables[changed - 1].nbytes
-            _copy(memory[:size], _host_memory(size), tables[:changed], self._starts)
+            _copy(memory[:size], _pinned(size), tables[:changed], self._starts)
             self._edition, self._hypers, self._sizes = plan.edition, data, (len(schedules), len(hypers))
         return self._addresses
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from a8multi.plan import Item, Live, StepPlan
+from a8multi.plan.schedule import cannot_be_captured
 from a8multi.quant.formats import StateFormat
 
 from . import torch_adafactor, torch_rules, torch_step
@@ -70,6 +71,8 @@ class TorchBackend:
 
     @torch.no_grad()
     def draw(self, matrix: Tensor, taken: Tensor, before: Tensor | None, gap: int, seed: int, noise_id: int) -> None:
+        if matrix.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise cannot_be_captured()
         interval = int(taken) // gap
         if before is None or int(before) // gap != interval:
             drawn = formats.random_integers(seed, interval, noise_id, matrix.numel(), matrix.device)

@@ -365,6 +365,3 @@ def _bump_versions(params: list[Tensor]) -> None:
     except TypeError:  # torch < 2.6 takes one tensor
         for param in params:
             torch.autograd.graph.increment_version(param)
-
-
-# --- Checks that the optimizers share. All name the parameter. ---

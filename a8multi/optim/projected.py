@@ -174,8 +174,9 @@ class ProjectedOptimizer(LowBitOptimizer):
                 self._projection(work, [index], [copy]).run(backend, work, step.tables, step.drawn)
                 if copy is not param:
                     param.copy_(copy)
+            scaled = step.tables.scaled[1]
             for live in more:
-                live.staged_bytes += step.tables.staged_bytes()
+                live.staged_bytes += scaled.staged_bytes if scaled is not None else 0
         super()._run(work, backend, hypers, *more)
 
 

@@ -104,10 +104,6 @@ class Tables:
     scaled: Table
     taken: list[int | Tensor]
 
-    def staged_bytes(self) -> int:
-        """Of the tables that a capture would have to copy."""
-        return sum(live.staged_bytes for _, live in (self.low, self.scaled) if live is not None)
-
 
 class Drawn:
     """The random matrices in use: of each size the last one drawn, for it is wanted until the next takes its place.
@@ -207,6 +203,8 @@ class Projection:
         for wave, plans in self._waves:
             plans.run(backend, [grads[i] for i in wave], [steps[i] for i in wave], drawn, tables.low, skip)
         self._put_scales()
+        if tables.low[1] is not None and tables.scaled[1] is not None:
+            tables.scaled[1].staged_bytes += tables.low[1].staged_bytes
         self._main.grads, self._main.skip = grads, skip
         try:
             backend.adafactor_scaled(self._main, *tables.scaled)

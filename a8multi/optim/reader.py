@@ -119,7 +119,10 @@ def _find() -> tuple[Library, Any] | str:
         return f"{library.path} has no reader"
     api = ctypes.pythonapi
     pointer_of = ctypes.PYFUNCTYPE(c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", api))
-    exchange = _Exchange.from_address(pointer_of(capsule, _CAPSULE[1]))
+    try:
+        exchange = _Exchange.from_address(pointer_of(capsule, _CAPSULE[1]))
+    except ValueError as error:
+        return f"torch {torch.__version__}: {error}"
     if exchange.major != _VERSION_MAJOR or not exchange.tensor_from_object:
         return f"torch {torch.__version__} has DLPack {exchange.major}.{exchange.minor} without what is needed"
     python = Interpreter(

@@ -39,7 +39,7 @@ class Work:
         plan: of all but those two; set when everything has been checked.
         projection, drawn: the plans of the projected ones, and their random matrices; None: there are none.
         projecting: while a step runs, what the projected ones take for it.
-        native: whether a native library updates them, and so may read them too.
+        native: whether another backend than torch's updates them, so that a native library may read them too.
     """
 
     plan: StepPlan
@@ -99,7 +99,8 @@ class Work:
 
     @property
     def addresses(self) -> np.ndarray | None:
-        """Of the plan's parameters and gradients, uint64 [2, items]; None: nobody has read them yet."""
+        """Of the plan's parameters and gradients, uint64 [2, items]; None: nobody has read them yet, or
+        not all of the parameters are the plan's."""
         if self._reader is None or self.strided or self.projected:
             return None
         return self._reader.addresses

@@ -144,6 +144,14 @@ def decay(step: int, exponent: float) -> float:
     return _exp2_product(exponent, whole, 2.8853900817779268 * (s * series))
 
 
+def cannot_be_captured() -> BackendUnavailable:
+    """The error of the backend that has to read from the device."""
+    return BackendUnavailable(
+        "the torch backend cannot run in a CUDA graph: it needs the step's number and the learning rate on the host. "
+        "Capture with the cuda or cupy backend, or step outside of the graph"
+    )
+
+
 @dataclass
 class Live:
     """What of one step's hyper-parameters lives on the device, by row of their table.
@@ -185,10 +193,7 @@ class Live:
             BackendUnavailable: the step is being captured in a CUDA graph.
         """
         if self.capturing:
-            raise BackendUnavailable(
-                "the torch backend cannot run in a CUDA graph: it needs the step's number and the learning rate on the "
-                "host. Capture with the cuda or cupy backend, or step outside of the graph"
-            )
+            raise cannot_be_captured()
         hypers = hypers.copy()
         for row, rate in enumerate(self.rates):
             if rate is not None:

@@ -20,11 +20,11 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of each copy."""
     sizes: list[int] = []
 
-    def memory(size: int) -> torch.Tensor:
+    def pinned(size: int) -> torch.Tensor:
         sizes.append(size)
         return torch.empty(size, dtype=torch.uint8)
 
-    monkeypatch.setattr(marshal, "_host_memory", memory)
+    monkeypatch.setattr(marshal, "_pinned", pinned)
     return sizes
 
 

@@ -228,9 +228,10 @@ enum a8_batch_hint {
 
 // All tensors of a step on one device. chunks: every A8_CHUNK elements of every tensor; tiles: every
 // A8_TILE_ROWS x A8_TILE_COLS of every factored one, row tiles outermost. Both sorted by tensor, then part.
-// On a GPU every pointer here is a device address, and chunks may lie in any order. factored_chunks: so many, and no others, are
-// of factored tensors, and they come first; 0: not known, they may be anywhere. Not read on a CPU. skip: when not null and not 0
-// the step writes nothing. hints: of a8_batch_hint, what the host knows of the tables; any value gives the same bits.
+// On a GPU every pointer here is a device address, and the tensors' chunks may lie in any order of the tensors, each tensor's
+// together and by part. factored_chunks: so many, and no others, are of factored tensors, and they come first; 0: not known, they
+// may be anywhere. Not read on a CPU. skip: when not null and not 0 the step writes nothing. hints: of a8_batch_hint, what the
+// host knows of the tables; any value gives the same bits.
 typedef struct a8_batch {
   const a8_tensor* tensors;
   const a8_chunk* chunks;
