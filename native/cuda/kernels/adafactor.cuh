@@ -240,6 +240,17 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS) a8_adafactor_limit_kern
   if (t->limiter && h->flags & A8_AVERAGE_UPDATE) a8_limit_general(t, h, unit.part, scratch, &room);
 }
 
+// Updates what no fast path took, of the chunks of a block of threads.
+static __device__ __noinline__ void a8_apply_left(const a8_tensor* tensors, const a8_hyper* hypers,
+                                                  const a8_chunk* chunks, float* scratch, a8_chunk_room* room) {
+#pragma unroll 1
+  for (uint32_t i = 0; i < A8_WARPS; ++i) {
+    if (!room->left[i]) continue;
+    const a8_tensor* t = tensors + chunks[i].tensor;
+    a8_apply_general(t, hypers + t->hyper, chunks[i].part, scratch, &room->general);
+  }
+}
+
 // Updates `width` chunks, from number `first` on, by a block of threads.
 template <bool kFactored>
 A8_FN void a8_apply_chunks(const a8_batch& batch, float* scratch, uint32_t first, uint32_t width, a8_chunk_room* room) {
@@ -260,12 +271,7 @@ A8_FN void a8_apply_chunks(const a8_batch& batch, float* scratch, uint32_t first
   room->left[warp] = left;
   a8_copies_wait<0>();  // none may land in what the general path writes
   __syncthreads();
-  for (uint32_t i = 0; i < A8_WARPS; ++i) {
-    if (!room->left[i]) continue;
-    a8_chunk unit = batch.chunks[first + i];
-    const a8_tensor* t = batch.tensors + unit.tensor;
-    a8_apply_general(t, batch.hypers + t->hyper, unit.part, scratch, &room->general);
-  }
+  a8_apply_left(batch.tensors, batch.hypers, batch.chunks + first, scratch, room);
 }
 
 // One block of threads A8_WARPS chunks, or of the second kind `width`.
