@@ -99,8 +99,7 @@ class Work:
 
     @property
     def addresses(self) -> np.ndarray | None:
-        """Of the plan's parameters and gradients, uint64 [2, items]; None: nobody has read them yet, or
-        not all of the parameters are the plan's."""
+        """Of the plan's parameters and gradients, uint64 [2, items]; None: not read, or not of the plan's alone."""
         if self._reader is None or self.strided or self.projected:
             return None
         return self._reader.addresses
