@@ -26,8 +26,8 @@ const a8_kernels* a8_kernels_for(uint32_t isa) {
   return nullptr;
 }
 
-// Elements of the tensors that go through all phases together. A step reads each gradient three times (CAME four) and each
-// parameter twice; within a wave all but the first time come from the cache. The result does not depend on it.
+// Elements of the tensors that go through all phases together. A step reads each gradient three times (CAME four) and
+// each parameter twice; within a wave all but the first time come from the cache. The result does not depend on it.
 static const int64_t WAVE_ELEMENTS = 2 << 20;
 
 namespace {

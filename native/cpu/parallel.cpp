@@ -1,7 +1,7 @@
-// Who runs the tasks. Where torch has loaded GNU OpenMP, its threads: they spin for milliseconds after each of torch's own
-// loops, and a second pool would fight them for the cores. Else a pool of our own, one per process, made at the first
-// parallel call and never destroyed (its threads sleep until the process ends); a caller that finds it busy runs its tasks
-// itself: always correct, and no caller ever waits for another's step.
+// Who runs the tasks. Where torch has loaded GNU OpenMP, its threads: they spin for milliseconds after each of torch's
+// own loops, and a second pool would fight them for the cores. Else a pool of our own, one per process, made at the
+// first parallel call and never destroyed (its threads sleep until the process ends); a caller that finds it busy runs
+// its tasks itself: always correct, and no caller ever waits for another's step.
 #include "parallel.h"
 
 #include <atomic>

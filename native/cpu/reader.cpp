@@ -1,6 +1,6 @@
-// What a step looks at of torch's tensors and of the optimizer's dictionaries, in one call: a call of Python's for each takes three
-// times as long. The interpreter's functions come as pointers (a8_interpreter), so that one library serves every version; the
-// caller holds its lock, and no other code of Python runs in between but torch's getter of `grad`.
+// What a step looks at of torch's tensors and of the optimizer's dictionaries, in one call: a call of Python's for each
+// takes three times as long. The interpreter's functions come as pointers (a8_interpreter), so that one library serves
+// every version; the caller holds its lock, and no other code of Python runs in between but torch's getter of `grad`.
 #include <cstring>
 
 #include "a8/abi.h"

@@ -3,8 +3,8 @@
 
 #include "a8/abi.h"
 
-// Whether the tensors of two lists have the type, device, shape and strides that `facts` say. `params`: tensors; their gradients are
-// put into `grads`. False: one differs, is missing, or an error of Python's is set.
+// Whether the tensors of two lists have the type, device, shape and strides that `facts` say. `params`: tensors; their
+// gradients are put into `grads`. False: one differs, is missing, or an error of Python's is set.
 bool a8_same_tensors(const a8_interpreter* python, void* params, void* grads, uint32_t count, int64_t* facts,
                      uint32_t fact_count, uint64_t* addresses, bool learns);
 

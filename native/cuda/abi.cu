@@ -117,8 +117,8 @@ int32_t check_step(const a8_exec* exec, const a8_batch* batch, uint32_t phases) 
   return A8_OK;
 }
 
-// What the host can see of the scratch: the tensors are in device memory. Every tensor has its totals and three numbers for each
-// chunk there, every tile at least one row and one column.
+// What the host can see of the scratch: the tensors are in device memory. Every tensor has its totals and three numbers
+// for each chunk there, every tile at least one row and one column.
 int32_t check_scratch(const a8_exec* exec, int64_t tensors, int64_t chunks, int64_t tiles) {
   int64_t least = 4 * (A8_TOTALS * tensors + 3 * chunks + 2 * tiles);
   if (!exec->scratch || !aligned(exec->scratch, 4) || exec->scratch_bytes < least)

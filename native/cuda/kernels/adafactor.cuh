@@ -1,10 +1,10 @@
-// a8_adafactor of abi.h: one step of Adafactor or CAME over a table of tensors, in eight launches for the whole of it, or
-// more with a confidence or a limiter.
+// a8_adafactor of abi.h: one step of Adafactor or CAME over a table of tensors, in eight launches for the whole of it,
+// or more with a confidence or a limiter.
 //
-// reduce -> means -> factors -> norm -> totals (totals.cuh) -> apply; the phases of abi.h are reduce (with the first half of
-// means), moments (its second half, and factors), norm (with totals) and apply. Where there is a confidence, residual ->
-// confidence -> confidence factors come before norm for tensors without A8_AVERAGE_UPDATE, and after totals for those with;
-// then limit -> totals. They meet in the scratch.
+// reduce -> means -> factors -> norm -> totals (totals.cuh) -> apply; the phases of abi.h are reduce (with the first
+// half of means), moments (its second half, and factors), norm (with totals) and apply. Where there is a confidence,
+// residual -> confidence -> confidence factors come before norm for tensors without A8_AVERAGE_UPDATE, and after totals
+// for those with; then limit -> totals. They meet in the scratch.
 #pragma once
 
 #include "adafactor_apply.cuh"
@@ -36,8 +36,8 @@ A8_FN float a8_mean_of(float* sums, int64_t stride, int64_t parts, float* mean, 
   return *mean = a8_average(hyper, *mean, a8_div(sum, count));
 }
 
-// Of a tile's rows or columns the part that is its block of threads' to combine: those of all tiles beside each other share them
-// evenly, for a sum is one chain of loads. number: the tile's among them.
+// Of a tile's rows or columns the part that is its block of threads' to combine: those of all tiles beside each other
+// share them evenly, for a sum is one chain of loads. number: the tile's among them.
 typedef struct a8_share {
   int64_t first, end;
 } a8_share;
@@ -55,8 +55,8 @@ A8_FN a8_share a8_cols_of(const a8_matrix_tile& tile) {
   return a8_share_of(tile.col, tile.cols, tile.down, a8_tiles_across(tile.tensor->rows, A8_TILE_ROWS));
 }
 
-// Partial sums of the tiles, in order, into row and column sums (A8_REDUCE); then the means, and each column's factor of
-// 1 / sqrt(v) (A8_MOMENTS). One block of threads a tile.
+// Partial sums of the tiles, in order, into row and column sums (A8_REDUCE); then the means, and each column's factor
+// of 1 / sqrt(v) (A8_MOMENTS). One block of threads a tile.
 extern "C" __global__ void __launch_bounds__(A8_THREADS)
     a8_adafactor_means_kernel(a8_batch batch, float* scratch, uint32_t phases) {
   if (a8_skips(batch)) return;
@@ -75,8 +75,8 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS)
   }
 }
 
-// Each row's factor of 1 / sqrt(v) from the rows' means. By a block of threads whose tile is at the left edge; each sums all
-// row means. means: a function of the row; least: of their mean.
+// Each row's factor of 1 / sqrt(v) from the rows' means. By a block of threads whose tile is at the left edge; each
+// sums all row means. means: a function of the row; least: of their mean.
 template <typename Means>
 A8_FN void a8_row_factors(const a8_matrix_tile& tile, Means means, float least, float* factors, float* room) {
   int64_t rows = tile.tensor->rows;
@@ -97,8 +97,8 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS) a8_adafactor_factors_ke
       tile, [means](int64_t row) { return means[row]; }, batch.hypers[t->hyper].eps, scratch + t->row_at, room);
 }
 
-// Whether the tile's tensor has a confidence whose turn it is. averages: that of tensors with A8_AVERAGE_UPDATE, which comes
-// after the norm phase, else of those without.
+// Whether the tile's tensor has a confidence whose turn it is. averages: that of tensors with A8_AVERAGE_UPDATE, which
+// comes after the norm phase, else of those without.
 A8_FN bool a8_has_confidence(const a8_batch& batch, const a8_matrix_tile& tile, uint32_t averages) {
   bool does = batch.hypers[tile.tensor->hyper].flags & A8_AVERAGE_UPDATE;
   return tile.tensor->third_format == A8_FACTORED && does == (averages != 0);
@@ -115,8 +115,8 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS, 2)
   if (a8_has_confidence(batch, tile, averages)) a8_residual_tile(batch, tile, scratch, &room, &table, col_factor);
 }
 
-// Like a8_adafactor_means_kernel, of the confidence s: with A8_AVERAGE_UPDATE each column's factor of 1 / sqrt(s), else that
-// of 1 / sqrt(v s) in the place of that of v.
+// Like a8_adafactor_means_kernel, of the confidence s: with A8_AVERAGE_UPDATE each column's factor of 1 / sqrt(s), else
+// that of 1 / sqrt(v s) in the place of that of v.
 extern "C" __global__ void __launch_bounds__(A8_THREADS)
     a8_adafactor_confidence_kernel(a8_batch batch, float* scratch, uint32_t averages) {
   if (a8_skips(batch)) return;
@@ -169,8 +169,9 @@ typedef struct a8_chunk_room {
   uint32_t left[A8_WARPS];
 } a8_chunk_room;
 
-// Blocks of threads that share a multiprocessor: the compiler then allows itself 80 registers, or 128. Before Ampere shared
-// memory has room for one. Kernels of their own for the two kinds of second moment: each with the registers it needs.
+// Blocks of threads that share a multiprocessor: the compiler then allows itself 80 registers, or 128. Before Ampere
+// shared memory has room for one. Kernels of their own for the two kinds of second moment: each with the registers it
+// needs.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900)
 #define A8_THREE_RESIDENT 3
 #else
@@ -178,8 +179,9 @@ typedef struct a8_chunk_room {
 #endif
 #define A8_TWO_RESIDENT (A8_AMPERE ? 2 : 1)
 
-// Whether this block of threads has a chunk, of `width` from number `first` on, of a tensor of the kind that the kernel is for;
-// mine: whether this warp has. A kernel is launched for the chunks of its kind, or for all when it is not known which they are.
+// Whether this block of threads has a chunk, of `width` from number `first` on, of a tensor of the kind that the kernel
+// is for; mine: whether this warp has. A kernel is launched for the chunks of its kind, or for all when it is not known
+// which they are.
 template <bool kFactored>
 A8_FN bool a8_has_chunks(const a8_batch& batch, uint32_t first, uint32_t width, bool* mine) {
   uint32_t end = kFactored && batch.factored_chunks ? batch.factored_chunks : batch.chunk_count;
@@ -214,7 +216,8 @@ A8_FN void a8_norm_chunks(const a8_batch& batch, float* scratch, uint32_t first,
   }
 }
 
-// One block of threads A8_WARPS chunks, or of the second kind `width`; from the last on, whose gradients the reduce phase has read last.
+// One block of threads A8_WARPS chunks, or of the second kind `width`; from the last on, whose gradients the reduce
+// phase has read last.
 extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
     a8_adafactor_norm_factored_kernel(a8_batch batch, float* scratch) {
   __shared__ a8_chunk_room room;
@@ -229,8 +232,8 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
   a8_norm_chunks<false>(batch, scratch, batch.factored_chunks + (gridDim.x - 1 - blockIdx.x) * width, width, &room);
 }
 
-// The sum of the squares of a chunk's update as CAME leaves it, for tensors whose limiter waits for it. One block of threads a
-// chunk.
+// The sum of the squares of a chunk's update as CAME leaves it, for tensors whose limiter waits for it. One block of
+// threads a chunk.
 extern "C" __global__ void __launch_bounds__(A8_THREADS) a8_adafactor_limit_kernel(a8_batch batch, float* scratch) {
   __shared__ a8_square_room room;
   if (a8_skips(batch)) return;

@@ -44,8 +44,8 @@ A8_FN void a8_leave_squares(const a8_factor_job& job, float squares) {
   job.sums[2 * (int64_t)job.tensor->chunks] = a8_float(a8_fingerprint_of(job));
 }
 
-// Where the factors of the confidence lie: rows seen from those of the second moment; cols_end as in a8_matrix_place, 0 where
-// there is no confidence.
+// Where the factors of the confidence lie: rows seen from those of the second moment; cols_end as in a8_matrix_place, 0
+// where there is no confidence.
 typedef struct a8_confidence_place {
   uint32_t row_shift, cols_end;
 } a8_confidence_place;
@@ -67,8 +67,8 @@ A8_FN void a8_confident_eight(const a8_confidence_place& confidence, const a8_ma
   for (int i = 0; i < 8; ++i) u[i] = u[i] * root[i];
 }
 
-// With a factored second moment. Returns the sum of the squares of what is stored. kFirst: the format of a first moment that
-// averages what kAverages says.
+// With a factored second moment. Returns the sum of the squares of what is stored. kFirst: the format of a first moment
+// that averages what kAverages says.
 template <uint32_t kParam, uint32_t kGrad, a8_momentum kAverages, uint32_t kFirst>
 A8_FN float a8_apply_factored(const a8_factor_job& job, char* arena, const a8_nf4_table* table) {
   const bool kMomentum = kAverages != A8_NO_MOMENTUM;
@@ -187,8 +187,8 @@ A8_FN void a8_put_second(const a8_factor_job& job, const a8_factor_write& write,
          make_uint2(packed[0], packed[1]));
 }
 
-// The order in which the lines of a chunk are worked on: of each log8 block that is longer than a line first all lines for its
-// extremes, then all for the update; of a shorter one both at once.
+// The order in which the lines of a chunk are worked on: of each log8 block that is longer than a line first all lines
+// for its extremes, then all for the update; of a shorter one both at once.
 typedef struct a8_full_order {
   uint32_t first;  // of the block's lines
   uint32_t line;

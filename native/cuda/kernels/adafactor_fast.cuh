@@ -1,5 +1,5 @@
-// Adafactor's update of eight neighbouring elements a lane, for what the fast paths take: arrays aligned to 16 bytes and
-// whole eights. A warp works on one chunk, a line of A8_LANES elements at a time, in order: so a lane holds eight
+// Adafactor's update of eight neighbouring elements a lane, for what the fast paths take: arrays aligned to 16 bytes
+// and whole eights. A warp works on one chunk, a line of A8_LANES elements at a time, in order: so a lane holds eight
 // accumulators of the chunk's sums, and they are summed in the canonical order.
 #pragma once
 
@@ -10,8 +10,8 @@
 
 #define A8_LINE A8_LANES
 
-// Beyond the maximum a root is guarded. Below 2^-100 every root meets the bound, which is under 2^50. Only element-wise moments
-// need one, for the factors of a factored one are made elsewhere.
+// Beyond the maximum a root is guarded. Below 2^-100 every root meets the bound, which is under 2^50. Only element-wise
+// moments need one, for the factors of a factored one are made elsewhere.
 #define A8_ROOT_MAX A8_TWO_TO(100)
 #define A8_BOUND_MAX 1.1e15f
 

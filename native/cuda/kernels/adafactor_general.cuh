@@ -80,8 +80,8 @@ static __device__ __noinline__ float a8_chunk_squares(const a8_factor_job& job, 
   return a8_fold_block(squares, room->squares);
 }
 
-// --- The phases on chunk number `part` of a tensor, by every thread of the block. Not inlined, and they make the job anew:
-// their registers are not to weigh on the fast paths. ---
+// --- The phases on chunk number `part` of a tensor, by every thread of the block. Not inlined, and they make the job
+// anew: their registers are not to weigh on the fast paths. ---
 
 // Sums of p^2 and u^2.
 static __device__ __noinline__ void a8_norm_general(const a8_tensor* t, const a8_hyper* h, uint32_t part,

@@ -3,8 +3,8 @@
 
 #include "adafactor_stage.cuh"
 
-// kFirst: the format of a first moment that averages gradients, A8_NONE for none, A8_ANY_FORMAT for one of any. kUsual: of a second
-// moment in log8 with blocks of A8_USUAL_BLOCK.
+// kFirst: the format of a first moment that averages gradients, A8_NONE for none, A8_ANY_FORMAT for one of any. kUsual:
+// of a second moment in log8 with blocks of A8_USUAL_BLOCK.
 template <uint32_t kGrad, uint32_t kFirst, bool kFactored, bool kUsual>
 A8_FN float a8_update_squares(const a8_factor_job& job, char* arena, const a8_nf4_table* table) {
   const bool kMomentum = kFirst != A8_NONE;

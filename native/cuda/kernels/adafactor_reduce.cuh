@@ -59,8 +59,8 @@ A8_FN void a8_add_runs(const a8_matrix_tile& tile, const a8_reduce_room* room, f
 }
 
 // One run of rows by one warp: row sums to `row_sums`, the run's column sums to `columns` in shared memory.
-// at: its first element. kAligned: every row begins at a 16-byte boundary and has whole eights of kDtype; else kDtype is
-// A8_F32, what a8_load_any makes of `dtype`.
+// at: its first element. kAligned: every row begins at a 16-byte boundary and has whole eights of kDtype; else kDtype
+// is A8_F32, what a8_load_any makes of `dtype`.
 template <uint32_t kDtype, bool kAligned>
 A8_FN void a8_reduce_run(const char* at, int64_t row_bytes, uint32_t dtype, int rows, int cols, float* row_sums,
                          float* columns) {

@@ -52,7 +52,8 @@ A8_FN float a8_first_at(const a8_residual_place& place, int64_t e) {
   return a8_decode(format, code, a8_load_header(t->first_block, format, e >> place.first_shift), place.table->levels);
 }
 
-// What is stored of eight elements from a multiple of eight on, aligned (a8_suits_residual): they lie in one block. Codes only.
+// What is stored of eight elements from a multiple of eight on, aligned (a8_suits_residual): they lie in one block.
+// Codes only.
 A8_FN void a8_load_first(uint32_t format, const char* at, const float* scale, a8_first_eight* x) {
   if (format == A8_INT8) {
     uint2 codes = __ldg(reinterpret_cast<const uint2*>(at));
@@ -85,10 +86,10 @@ A8_FN bool a8_suits_residual(const a8_residual_place& place) {
   return t->cols % 8 == 0 && a8_aligned(t->grad, 16) && (t->first_format == A8_NONE || a8_aligned(t->first, first));
 }
 
-// One run of rows by one warp: row sums to `row_sums`, the run's column sums to `columns` in shared memory. row0, col0: of the
-// matrix, the run's first. kAligned: a8_suits_residual, with gradients of kDtype, of 16 bits loaded while the row before is worked
-// on; else of any type. kFirst: the format of a first moment of a8_is_usual_residual, or A8_NONE for all others: a loop for each
-// format would not fit the instruction cache.
+// One run of rows by one warp: row sums to `row_sums`, the run's column sums to `columns` in shared memory. row0, col0:
+// of the matrix, the run's first. kAligned: a8_suits_residual, with gradients of kDtype, of 16 bits loaded while the
+// row before is worked on; else of any type. kFirst: the format of a first moment of a8_is_usual_residual, or A8_NONE
+// for all others: a loop for each format would not fit the instruction cache.
 template <uint32_t kDtype, bool kAligned, uint32_t kFirst>
 A8_FN void a8_residual_run(const a8_residual_place& place, const a8_residual_rule& rule, int64_t row0, int64_t col0,
                            int rows, int cols, float* row_sums, float* columns) {

@@ -8,8 +8,8 @@
 #define A8_MOST_STAGES 8
 
 // What is staged of one line: eight values of kGrad and, with kParamBytes, of the parameter; codes and headers of the
-// moments, which share 16 bytes a lane, or 8 where the first is nf4 and there is no other (copies of 4 bytes then hit half as many
-// banks twice), but for the second moment's codes when there is a first. float32 moments are not staged.
+// moments, which share 16 bytes a lane, or 8 where the first is nf4 and there is no other (copies of 4 bytes then hit
+// half as many banks twice), but for the second moment's codes when there is a first. float32 moments are not staged.
 template <int kParamBytes, uint32_t kGrad, bool kMomentum, bool kFull>
 struct a8_stages {
   static const int kGradBytes = kGrad == A8_F32 ? 4 : 2;
@@ -32,7 +32,8 @@ struct a8_stages {
 
   A8_MEMBER char* of_lane(int row) const { return arena + at + 16 * a8_lane() + row; }
 
-  // Where the lane's codes of the first moment are (bytes: 0) and its block's scale (8). nf4 alone leaves out the bytes between.
+  // Where the lane's codes of the first moment are (bytes: 0) and its block's scale (8). nf4 alone leaves out the bytes
+  // between.
   A8_MEMBER static bool narrow(uint32_t first_format) { return kMomentum && !kFull && first_format == A8_NF4; }
   A8_MEMBER char* of_first(uint32_t format, int bytes) const {
     return narrow(format) ? arena + at + kStateAt + 8 * a8_lane() + bytes / 2 : of_lane(kStateAt + bytes);
@@ -45,8 +46,8 @@ struct a8_stages {
       a8_copy_or_zero<16, kValueBytes == 4>(of_lane(row + i * 16 * 32), from + 16 * i, exists);
   }
 
-  // Starts the copies of the lane's eight in the line that is kAhead after `line`; beyond its end they read as zeros. of_param:
-  // all of them; else the gradient and the second moment alone. of_header: the second moment's too.
+  // Starts the copies of the lane's eight in the line that is kAhead after `line`; beyond its end they read as zeros.
+  // of_param: all of them; else the gradient and the second moment alone. of_header: the second moment's too.
   template <int kAhead>
   A8_MEMBER void load(const a8_lane_place& place, uint32_t line, bool of_param, bool of_header = true) {
     uint32_t ahead = line + kAhead;

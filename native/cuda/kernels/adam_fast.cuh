@@ -1,8 +1,8 @@
 // Adam on one unit in the default state: int8 first and log8 second moment.
 //
-// Instruction slots are the other limit: 76 an element last as long as its bytes on an H200, so one branch a unit decides
-// that no element needs the compiler's guarded division and square root, which branch for each. Where a formula of
-// a8/rules.h, a8/math.h or a8/format.h is spelt differently, the bits are the same.
+// Instruction slots are the other limit: 76 an element last as long as its bytes on an H200, so one branch a unit
+// decides that no element needs the compiler's guarded division and square root, which branch for each. Where a formula
+// of a8/rules.h, a8/math.h or a8/format.h is spelt differently, the bits are the same.
 #pragma once
 
 #include "element_fast.cuh"

@@ -44,8 +44,8 @@ A8_FN uint32_t a8_lanes_min(uint32_t x) {
 
 // --- Asynchronous copies from global to shared memory. ---
 
-// Shared memory of a warp for what it copies ahead, in the paths that choose their layout by type: at least one unit of five
-// arrays of float32, more of smaller ones.
+// Shared memory of a warp for what it copies ahead, in the paths that choose their layout by type: at least one unit of
+// five arrays of float32, more of smaller ones.
 #define A8_ARENA_BYTES 5632
 
 // Starts a copy of kBytes (4, 8 or 16) to shared memory, by and for this thread alone; a8_copies_wait ends it.
@@ -62,8 +62,8 @@ A8_FN void a8_copy(void* to, const char* from) {
 #endif
 }
 
-// The same for bytes that may not exist and then are zeros; their address is not looked at. kCached: by way of L1, for lanes
-// that take the two halves of a sector one after the other.
+// The same for bytes that may not exist and then are zeros; their address is not looked at. kCached: by way of L1, for
+// lanes that take the two halves of a sector one after the other.
 template <int kBytes, bool kCached = (kBytes < 16)>
 A8_FN void a8_copy_or_zero(void* to, const char* from, bool exists) {
 #if A8_AMPERE

@@ -69,7 +69,8 @@ A8_FN void a8_round_eight(const float* x, const uint32_t* words, uint32_t* w) {
   }
 }
 
-// Gives the NaN among eight values the format's pattern, which is the same for both ways of rounding. w: the others' values.
+// Gives the NaN among eight values the format's pattern, which is the same for both ways of rounding. w: the others'
+// values.
 template <uint32_t kDtype>
 A8_FN void a8_mend_nan(const float* x, uint32_t* w) {
 #pragma unroll
@@ -117,8 +118,8 @@ A8_FN uint32_t a8_pack_clamped(int32_t high, int32_t low, uint32_t above) {
   return packed;
 }
 
-// Whether a NaN is among eight values. True as well for some infinities and for products that overflow: the sums of products
-// are for nothing but to carry a NaN along.
+// Whether a NaN is among eight values. True as well for some infinities and for products that overflow: the sums of
+// products are for nothing but to carry a NaN along.
 A8_FN bool a8_may_hold_nan(const float* x) {
   float y = __fmaf_rn(x[0], x[1], x[2]);
   y = __fmaf_rn(x[3], x[4], y);

@@ -1,5 +1,5 @@
-// a8_elementwise of abi.h for the rules that have no fast path of their own (adam.cuh and momentum.cuh have): one step over a
-// table of tensors, in one launch, after measure and totals (measure.cuh, totals.cuh) for LAMB.
+// a8_elementwise of abi.h for the rules that have no fast path of their own (adam.cuh and momentum.cuh have): one step
+// over a table of tensors, in one launch, after measure and totals (measure.cuh, totals.cuh) for LAMB.
 #pragma once
 
 #include "element_stretch.cuh"

@@ -1,5 +1,5 @@
-// What the fast paths of the element-wise rules share: a stretch of chunks of a tensor whose moments are int8 first and, for
-// Adam, log8 second in blocks of 128, aligned.
+// What the fast paths of the element-wise rules share: a stretch of chunks of a tensor whose moments are int8 first
+// and, for Adam, log8 second in blocks of 128, aligned.
 //
 // Half a warp a block, eight elements a lane, one pass. Memory wants many bytes in flight, so each warp copies its next
 // units to shared memory while it works.
@@ -48,8 +48,8 @@ struct a8_fast_stage {
   uint32_t header[kSecond ? A8_THREADS : 1];           // of the second
 };
 
-// Shared memory for the units that the warps load ahead: at least two of any types. Enough bytes in flight keep the memory busy;
-// where there is no second moment, little else is to do while they come.
+// Shared memory for the units that the warps load ahead: at least two of any types. Enough bytes in flight keep the
+// memory busy; where there is no second moment, little else is to do while they come.
 template <bool kSecond>
 struct a8_fast_room {
   alignas(16) char bytes[kSecond ? 2 * sizeof(a8_fast_stage<4, 4, true>) : 4 * sizeof(a8_fast_stage<2, 2, false>)];
@@ -144,8 +144,8 @@ struct a8_fast_lanes {
 template <int KIND, uint32_t kParam, uint32_t kGrad>
 struct a8_fast_rule;
 
-// All units of the stretch, but what is left to a8_element_general in `left`: those that are not ordinary, and a last one
-// that is not whole.
+// All units of the stretch, but what is left to a8_element_general in `left`: those that are not ordinary, and a last
+// one that is not whole.
 template <int KIND, uint32_t kParam, uint32_t kGrad>
 A8_FN void a8_fast_run(const a8_element_job& job, char* room, unsigned long long* left) {
   typedef a8_fast_rule<KIND, kParam, kGrad> Rule;
@@ -191,7 +191,8 @@ A8_FN void a8_fast_run(const a8_element_job& job, char* room, unsigned long long
 
 #define A8_DTYPES(param, grad) ((param) * 4u + (grad))
 
-// Whether there is a fast path for these types, the arrays lie where wide loads need them, and the first moment is as it wants it.
+// Whether there is a fast path for these types, the arrays lie where wide loads need them, and the first moment is as
+// it wants it.
 A8_FN bool a8_suits_lanes(const a8_tensor* t) {
   bool types = t->param_dtype == t->grad_dtype || (t->param_dtype == A8_BF16 && t->grad_dtype == A8_F32);
   return types && t->first_format == A8_INT8 && t->first_block_size == A8_USUAL_BLOCK && a8_aligned(t->param, 16) &&

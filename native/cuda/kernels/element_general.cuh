@@ -93,9 +93,9 @@ A8_FN float2 a8_update_element_pair(const a8_element_job& job, const a8_element_
   return u;
 }
 
-// Updates chunk number `part` of a stretch. units: those of A8_UNIT elements to update, by bit; A8_ALL_UNITS for any block size, fewer only for
-// blocks that fit a unit. Every thread of the block calls it, with the same arguments. Not inlined: its registers are not
-// to weigh on the fast path.
+// Updates chunk number `part` of a stretch. units: those of A8_UNIT elements to update, by bit; A8_ALL_UNITS for any
+// block size, fewer only for blocks that fit a unit. Every thread of the block calls it, with the same arguments. Not
+// inlined: its registers are not to weigh on the fast path.
 template <int KIND>
 static __device__ __noinline__ void a8_element_general(const a8_element_job& stretch, uint32_t part,
                                                        unsigned long long units, a8_moment_room* room) {

@@ -1,5 +1,5 @@
-// An element-wise rule with moments in any of the usual formats, for the chunks that element_fast.cuh does not take: one
-// pass, a warp a unit, with the formulas of a8/rules.h as they stand.
+// An element-wise rule with moments in any of the usual formats, for the chunks that element_fast.cuh does not take:
+// one pass, a warp a unit, with the formulas of a8/rules.h as they stand.
 #pragma once
 
 #include "element_general.cuh"
@@ -9,8 +9,8 @@
 #define A8_HAS_FIRST(kind) ((kind) != A8_ADAGRAD)
 #define A8_HAS_SECOND(kind) ((kind) != A8_LION && (kind) != A8_SGD && (kind) != A8_LARS)
 
-// Blocks of threads that share a multiprocessor: the compiler then allows itself 128 registers. Before Ampere shared memory
-// has room for one.
+// Blocks of threads that share a multiprocessor: the compiler then allows itself 128 registers. Before Ampere shared
+// memory has room for one.
 #define A8_LANES_RESIDENT (A8_AMPERE ? 2 : 1)
 
 #define A8_UNIT_EIGHTS (A8_UNIT / 8)  // a lane each
@@ -39,8 +39,8 @@ typedef struct a8_lane_eight {
   a8_log8_header header;  // of a log8 second
 } a8_lane_eight;
 
-// The arrays of a rule and a warp's units of them in flight. kMoments: whether they are wanted; kStride: units from one of the
-// warp's to its next.
+// The arrays of a rule and a warp's units of them in flight. kMoments: whether they are wanted; kStride: units from one
+// of the warp's to its next.
 template <int KIND, bool kMoments, uint32_t kStride>
 struct a8_lane_stream {
   static const bool kFirst = kMoments && A8_HAS_FIRST(KIND), kSecond = kMoments && A8_HAS_SECOND(KIND),
@@ -158,8 +158,8 @@ A8_FN void a8_store_unit(const a8_element_job& job, const Stream& to, const a8_n
   a8_put_lane(to.param, to.k, x.p, job.rule.flags & A8_STOCHASTIC_WRITE, job.write);
 }
 
-// All units of the stretch, but what is left to a8_element_general in `left`: those that are not ordinary, and a last one
-// that is not whole. arena: of the warp.
+// All units of the stretch, but what is left to a8_element_general in `left`: those that are not ordinary, and a last
+// one that is not whole. arena: of the warp.
 template <int KIND>
 A8_FN void a8_lanes_run(const a8_element_job& job, char* arena, const a8_nf4_table* table, unsigned long long* left) {
   uint32_t units = job.count / A8_UNIT;

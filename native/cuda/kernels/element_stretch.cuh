@@ -1,6 +1,7 @@
 // The loops of the element-wise kernels over stretches of chunks. A rule with a fast path of its own (adam_fast.cuh,
 // momentum_fast.cuh) has two kernels, each with the registers that it needs: one with that path and one with that of
-// element_lanes.cuh, for other formats. Other rules have the latter alone. Any kernel takes any tensor and gives the same bits.
+// element_lanes.cuh, for other formats. Other rules have the latter alone. Any kernel takes any tensor and gives the
+// same bits.
 #pragma once
 
 #include "element_fast.cuh"

@@ -1,7 +1,9 @@
-// Eight neighbouring elements a lane, of arrays whose types are known at run time alone: all lanes of a warp take the same
-// branches. Arrays are aligned for wide loads; quantised ones have blocks of A8_USUAL_BLOCK, so half a warp has a block.
+// Eight neighbouring elements a lane, of arrays whose types are known at run time alone: all lanes of a warp take the
+// same branches. Arrays are aligned for wide loads; quantised ones have blocks of A8_USUAL_BLOCK, so half a warp has a
+// block.
 //
-// Memory wants many bytes in flight, so each lane copies its own eights of the next units to shared memory while it works.
+// Memory wants many bytes in flight, so each lane copies its own eights of the next units to shared memory while it
+// works.
 #pragma once
 
 #include "eight.cuh"
@@ -66,7 +68,8 @@ A8_FN char* a8_header_of(const a8_lane_array& x, uint32_t k) {
   return x.headers + (uint64_t)(k / (A8_USUAL_BLOCK / 8)) * 4;
 }
 
-// Starts the copies of the lane's eight, number k. Rows of pieces of 16, 8 or 4 bytes keep shared memory free of conflicts.
+// Starts the copies of the lane's eight, number k. Rows of pieces of 16, 8 or 4 bytes keep shared memory free of
+// conflicts.
 A8_FN void a8_load_lane(const a8_lane_array& x, char* stage, uint32_t k) {
   const char* from = a8_eight_of(x, k);
   char* to = stage + x.at;

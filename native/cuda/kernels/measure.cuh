@@ -1,5 +1,5 @@
-// The norm phase of the element-wise rules that have one: sums of p^2 and of a8_rule_measure^2 of every chunk, left where
-// Adafactor's norm phase leaves its own. totals.cuh ends it.
+// The norm phase of the element-wise rules that have one: sums of p^2 and of a8_rule_measure^2 of every chunk, left
+// where Adafactor's norm phase leaves its own. totals.cuh ends it.
 #pragma once
 
 #include "element_lanes.cuh"

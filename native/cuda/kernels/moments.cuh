@@ -1,5 +1,6 @@
-// The moments of a span of up to A8_MAX_BLOCK elements by one block of threads, for every format, block size, alignment and
-// length: what the general paths of the rules and of Adafactor share. A span begins where a block of every moment begins.
+// The moments of a span of up to A8_MAX_BLOCK elements by one block of threads, for every format, block size, alignment
+// and length: what the general paths of the rules and of Adafactor share. A span begins where a block of every moment
+// begins.
 #pragma once
 
 #include "device.cuh"
@@ -95,8 +96,8 @@ typedef struct a8_moment_pairs {
   float2 first, second, third;
 } a8_moment_pairs;
 
-// Elements (e, e + 1) of the span. `third`: whether the rule has a third moment; without the second element its moments are
-// zero.
+// Elements (e, e + 1) of the span. `third`: whether the rule has a third moment; without the second element its moments
+// are zero.
 A8_FN a8_moment_pairs a8_load_moments(const a8_span& span, const a8_moment_room* room, uint32_t e, bool third) {
   const a8_tensor* t = span.tensor;
   int64_t pair = (span.from + e) / 2;

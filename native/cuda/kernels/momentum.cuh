@@ -1,5 +1,5 @@
-// a8_elementwise of abi.h for the rules whose only moment is a first one: one step over a table of tensors, in one launch,
-// after measure and totals (measure.cuh, totals.cuh) for LARS.
+// a8_elementwise of abi.h for the rules whose only moment is a first one: one step over a table of tensors, in one
+// launch, after measure and totals (measure.cuh, totals.cuh) for LARS.
 #pragma once
 
 #include "element_stretch.cuh"

@@ -1,5 +1,5 @@
-// A rule whose only moment is a first one, without a division, on one unit: int8 in blocks of 128. Of eight bytes an element
-// two instruction slots in three are free on an H200, so the formulas are those of a8/rules.h as they stand.
+// A rule whose only moment is a first one, without a division, on one unit: int8 in blocks of 128. Of eight bytes an
+// element two instruction slots in three are free on an H200, so the formulas are those of a8/rules.h as they stand.
 #pragma once
 
 #include "element_fast.cuh"

@@ -8,8 +8,8 @@
 
 #define A8_NF4_BINS 64
 
-// Aligned so that offsets are added to the address of a part by `or`, or take the place of its lowest byte. Two loads of 32 bits,
-// for the lanes' bins lie in banks of their own; one of 64 took twice the time.
+// Aligned so that offsets are added to the address of a part by `or`, or take the place of its lowest byte. Two loads
+// of 32 bits, for the lanes' bins lie in banks of their own; one of 64 took twice the time.
 typedef struct a8_nf4_table {
   alignas(512) float middle[A8_NF4_BINS];
   uint32_t below[A8_NF4_BINS];  // so that one address serves both

@@ -1,4 +1,5 @@
-// Derives the hyper-parameters of the next step on the device, a row a thread, before the kernels of the step read them.
+// Derives the hyper-parameters of the next step on the device, a row a thread, before the kernels of the step read
+// them.
 #pragma once
 
 #include "a8/geometry.h"

@@ -11,8 +11,8 @@ A8_FN bool a8_is_wild(uint32_t bits) {
   return (bits & kExponent) == kExponent || (bits >> 16 & kExponent) == kExponent;
 }
 
-// Elements threadIdx.x, threadIdx.x + A8_THREADS .. of `count`, eight at a time where they are aligned; divided when `divides`.
-// Returns whether one of this thread's is not finite then.
+// Elements threadIdx.x, threadIdx.x + A8_THREADS .. of `count`, eight at a time where they are aligned; divided when
+// `divides`. Returns whether one of this thread's is not finite then.
 template <uint32_t kDtype>
 A8_FN bool a8_screen_values(void* values, uint32_t count, bool divides, float scale) {
   bool wild = false;

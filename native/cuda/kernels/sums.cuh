@@ -1,5 +1,5 @@
-// Sums in the canonical order (a8/geometry.h) by a block of threads: element e to accumulator e % A8_LANES, which is thread
-// e % A8_LANES, then folded in halves.
+// Sums in the canonical order (a8/geometry.h) by a block of threads: element e to accumulator e % A8_LANES, which is
+// thread e % A8_LANES, then folded in halves.
 #pragma once
 
 #include "moments.cuh"
@@ -39,7 +39,8 @@ A8_FN float a8_sum_block(const float* in, int64_t n, float* room) {
   return a8_sum_block(n, room, [in](int64_t i) { return in[i]; });
 }
 
-// --- Squares of a span (moments.cuh) wait in shared memory until each thread has added those of its accumulator, in order. ---
+// --- Squares of a span (moments.cuh) wait in shared memory until each thread has added those of its accumulator, in
+// order. ---
 
 typedef struct a8_square_room {
   a8_moment_room moments;
@@ -62,8 +63,8 @@ A8_FN void a8_add_squares(const a8_square_room* room, uint32_t count, float* acc
 
 #define A8_WARPS (A8_THREADS / 32)
 
-// From one lane, which shows the compiler that all lanes agree: what follows from it can take uniform registers, of which there
-// are plenty.
+// From one lane, which shows the compiler that all lanes agree: what follows from it can take uniform registers, of
+// which there are plenty.
 A8_FN uint32_t a8_agreed(uint32_t x) { return __shfl_sync(A8_LANE_MASK, x, 0); }
 
 A8_FN uint32_t a8_warp_number() { return a8_agreed(threadIdx.x / 32u); }
@@ -72,8 +73,9 @@ A8_FN uint32_t a8_lane() { return threadIdx.x & 31u; }
 
 // --- Accumulators of a warp: lane l holds accumulators 8 * l .. 8 * l + 7. ---
 
-// One level of a fold over lanes that differ in `bit`, of 2 * kHalf sums at once: a lane keeps half of the sums and gives
-// the other half away, so that every level halves the work. The lane's bit becomes the top bit of the sum's number.
+// One level of a fold over lanes that differ in `bit`, of 2 * kHalf sums at once: a lane keeps half of the sums and
+// gives the other half away, so that every level halves the work. The lane's bit becomes the top bit of the sum's
+// number.
 template <int kHalf>
 A8_FN void a8_exchange(float* x, uint32_t bit) {
   bool upper = threadIdx.x & bit;

@@ -3,7 +3,8 @@
 
 #include "sums.cuh"
 
-// of_limit: the end of the limit phase, which only tensors have whose limiter waits for it. One block of threads a tensor.
+// of_limit: the end of the limit phase, which only tensors have whose limiter waits for it. One block of threads a
+// tensor.
 extern "C" __global__ void __launch_bounds__(A8_THREADS)
     a8_totals_kernel(a8_batch batch, float* scratch, uint32_t of_limit) {
   __shared__ float room[A8_LANES];

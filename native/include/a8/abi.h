@@ -50,8 +50,8 @@ enum a8_rule_kind {
   A8_LARS = 7
 };
 
-// Bits of a8_hyper.flags. NESTEROV: of SGD and LARS. AVERAGE_UPDATE (Adafactor): the first moment averages the clipped update,
-// as CAME does, not the gradient.
+// Bits of a8_hyper.flags. NESTEROV: of SGD and LARS. AVERAGE_UPDATE (Adafactor): the first moment averages the clipped
+// update, as CAME does, not the gradient.
 enum a8_flag {
   A8_MAXIMIZE = 1,
   A8_L2_DECAY = 2,
@@ -63,15 +63,16 @@ enum a8_flag {
   A8_AVERAGE_UPDATE = 128
 };
 
-// Bits of a8_tensor.flags. SQUARES_KNOWN: since the last apply phase on this scratch nobody has written the parameter, as
-// far as the caller knows; the kernels look at a sample of it and then trust the sums of p^2 that apply left.
+// Bits of a8_tensor.flags. SQUARES_KNOWN: since the last apply phase on this scratch nobody has written the parameter,
+// as far as the caller knows; the kernels look at a sample of it and then trust the sums of p^2 that apply left.
 enum a8_tensor_flag { A8_SQUARES_KNOWN = 1 };
 
 // Bits of a8_schedule.rules: what of a8_hyper follows from the step, and how (schedule.h). t: the step, counted from 1.
 // ADAM_BIAS: bias1 = 1 / (1 - beta1^t), bias2 = 1 / sqrt(1 - beta2^t). BETA2_DECAYS: one_minus_beta2 = t^beta2_decay.
-// CORRECT_BIAS: bias1 = sqrt(1 - beta2^t) / (1 - beta1^t), without the root if beta2 decays. RELATIVE_STEP: bias2 = 1 / sqrt(t).
-// UNBIASED: bias1 = bias2 = 1. LR_DECAYS: bias1 = 1 / (1 + (t - 1) * decay). FIRST_WHOLE: one_minus_beta1 = 1 at t = 1, then
-// 1 - decay. MIX_WARMS_UP, BETA3_WARMS_UP: AdEMAMix's mix and beta3 grow to their values until t = mix_steps, beta3_steps.
+// CORRECT_BIAS: bias1 = sqrt(1 - beta2^t) / (1 - beta1^t), without the root if beta2 decays. RELATIVE_STEP: bias2 = 1 /
+// sqrt(t). UNBIASED: bias1 = bias2 = 1. LR_DECAYS: bias1 = 1 / (1 + (t - 1) * decay). FIRST_WHOLE: one_minus_beta1 = 1
+// at t = 1, then 1 - decay. MIX_WARMS_UP, BETA3_WARMS_UP: AdEMAMix's mix and beta3 grow to their values until t =
+// mix_steps, beta3_steps.
 enum a8_schedule_rule {
   A8_ADAM_BIAS = 1,
   A8_BETA2_DECAYS = 2,
@@ -84,12 +85,12 @@ enum a8_schedule_rule {
   A8_BETA3_WARMS_UP = 256
 };
 
-// Phases of a step, in the order in which one call runs those asked for. A caller may run them one by one, with a collective on
-// the scratch between. Adafactor: REDUCE sums g^2 over rows and columns, MOMENTS makes the factors of 1 / sqrt(v), NORM sums p^2
-// and u^2, RESIDUAL sums CAME's (u - m)^2 over rows and columns, CONFIDENCE makes the factors of 1 / sqrt(s), LIMIT sums the
-// squares of the update as it is after that, APPLY writes. Of tensors without AVERAGE_UPDATE, RESIDUAL and CONFIDENCE come
-// before NORM, and CONFIDENCE makes the factors of 1 / sqrt(v s) in the place of those of v; LIMIT is only of those with it.
-// Element-wise rules have NORM (of those that need it) and APPLY.
+// Phases of a step, in the order in which one call runs those asked for. A caller may run them one by one, with a
+// collective on the scratch between. Adafactor: REDUCE sums g^2 over rows and columns, MOMENTS makes the factors of 1 /
+// sqrt(v), NORM sums p^2 and u^2, RESIDUAL sums CAME's (u - m)^2 over rows and columns, CONFIDENCE makes the factors of
+// 1 / sqrt(s), LIMIT sums the squares of the update as it is after that, APPLY writes. Of tensors without
+// AVERAGE_UPDATE, RESIDUAL and CONFIDENCE come before NORM, and CONFIDENCE makes the factors of 1 / sqrt(v s) in the
+// place of those of v; LIMIT is only of those with it. Element-wise rules have NORM (of those that need it) and APPLY.
 enum a8_phase {
   A8_REDUCE = 1,
   A8_MOMENTS = 2,
@@ -137,10 +138,10 @@ typedef struct a8_exec {
   int64_t scratch_bytes;
 } a8_exec;
 
-// Hyper-parameters of the tensors that share them (one group at one step). Derived in double by the caller, rounded once.
-// lr_device, when not null, replaces lr by a float in device memory, so that a captured graph can replay with a new one.
-// eps2 bounds RMS(p) from below, eps3 is added to CAME's squared residual; growth: 1 + margin of the norm-growth limiter; mix:
-// weight of AdEMAMix's slow average; trust: LARS's coefficient.
+// Hyper-parameters of the tensors that share them (one group at one step). Derived in double by the caller, rounded
+// once. lr_device, when not null, replaces lr by a float in device memory, so that a captured graph can replay with a
+// new one. eps2 bounds RMS(p) from below, eps3 is added to CAME's squared residual; growth: 1 + margin of the
+// norm-growth limiter; mix: weight of AdEMAMix's slow average; trust: LARS's coefficient.
 typedef struct a8_hyper {
   float lr;
   float beta1;
@@ -171,13 +172,13 @@ typedef struct a8_hyper {
 // first: int8 [numel], nf4 uint8 [ceil(numel / 2)], float32 or bfloat16 [numel]; first_block: float32 [blocks].
 // second: log8 uint8 [numel] with second_block int32 [blocks], or float32 [numel]; FACTORED: float32 row means [rows],
 // second_block float32 column means [cols].
-// third: of an element-wise rule AdEMAMix's slow average or RMSprop's average gradient, in the formats of `first`; of Adafactor
-// CAME's confidence, FACTORED like `second`.
+// third: of an element-wise rule AdEMAMix's slow average or RMSprop's average gradient, in the formats of `first`; of
+// Adafactor CAME's confidence, FACTORED like `second`.
 // limiter: float32 [1], the norm of the last update, 0 before the first; null: its growth is not limited.
-// Scratch, by offsets in floats, kept from step to step: partial row sums [tiles across, rows] at row_at and column sums
-// [tiles down, cols] at col_at; the same for the confidence at residual_at, its columns from the next multiple of 4 on; at sum_at
-// A8_TOTALS totals (geometry.h), then for each chunk its sum of p^2, for each its sum of u^2, for each its fingerprint
-// (a8_fingerprint).
+// Scratch, by offsets in floats, kept from step to step: partial row sums [tiles across, rows] at row_at and column
+// sums [tiles down, cols] at col_at; the same for the confidence at residual_at, its columns from the next multiple of
+// 4 on; at sum_at A8_TOTALS totals (geometry.h), then for each chunk its sum of p^2, for each its sum of u^2, for each
+// its fingerprint (a8_fingerprint).
 typedef struct a8_tensor {
   void* param;
   const void* grad;
@@ -221,17 +222,17 @@ typedef struct a8_chunk {
 } a8_chunk;
 
 enum a8_batch_hint {
-  // Few elements have an int8 first and, if any, a log8 second moment, in blocks of A8_USUAL_BLOCK, and a gradient of the
-  // parameter's type or float32.
+  // Few elements have an int8 first and, if any, a log8 second moment, in blocks of A8_USUAL_BLOCK, and a gradient of
+  // the parameter's type or float32.
   A8_OTHER_FORMATS = 1
 };
 
 // All tensors of a step on one device. chunks: every A8_CHUNK elements of every tensor; tiles: every
 // A8_TILE_ROWS x A8_TILE_COLS of every factored one, row tiles outermost. Both sorted by tensor, then part.
-// On a GPU every pointer here is a device address, and the tensors' chunks may lie in any order of the tensors, each tensor's
-// together and by part. factored_chunks: so many, and no others, are of factored tensors, and they come first; 0: not known, they
-// may be anywhere. Not read on a CPU. skip: when not null and not 0 the step writes nothing. hints: of a8_batch_hint, what the
-// host knows of the tables; any value gives the same bits.
+// On a GPU every pointer here is a device address, and the tensors' chunks may lie in any order of the tensors, each
+// tensor's together and by part. factored_chunks: so many, and no others, are of factored tensors, and they come first;
+// 0: not known, they may be anywhere. Not read on a CPU. skip: when not null and not 0 the step writes nothing. hints:
+// of a8_batch_hint, what the host knows of the tables; any value gives the same bits.
 typedef struct a8_batch {
   const a8_tensor* tensors;
   const a8_chunk* chunks;
@@ -264,10 +265,10 @@ typedef struct a8_codec {
   uint32_t reserved2;
 } a8_codec;
 
-// What a8_derive needs for one row of hypers. step: the counter of steps, where the kernels run; null: the row stays as the
-// caller wrote it.
-// beta3, mix: AdEMAMix's final values; first_half, last_half: log(1/2) / log(beta) of the beta from which beta3 grows, and of
-// the last. decay: of LR_DECAYS, or SGD's dampening.
+// What a8_derive needs for one row of hypers. step: the counter of steps, where the kernels run; null: the row stays as
+// the caller wrote it.
+// beta3, mix: AdEMAMix's final values; first_half, last_half: log(1/2) / log(beta) of the beta from which beta3 grows,
+// and of the last. decay: of LR_DECAYS, or SGD's dampening.
 // skip: as of a8_batch; a step that is skipped is not counted.
 typedef struct a8_schedule {
   int64_t* step;
@@ -286,8 +287,8 @@ typedef struct a8_schedule {
   uint32_t reserved;
 } a8_schedule;
 
-// What the reader needs of the running interpreter and of torch: addresses of functions, and of two objects. look: the function
-// dltensor_from_py_object_no_sync of the capsule torch.Tensor.__dlpack_c_exchange_api__; grad: the string.
+// What the reader needs of the running interpreter and of torch: addresses of functions, and of two objects. look: the
+// function dltensor_from_py_object_no_sync of the capsule torch.Tensor.__dlpack_c_exchange_api__; grad: the string.
 typedef struct a8_interpreter {
   const void* list_item;
   const void* put_item;
@@ -304,19 +305,20 @@ typedef struct a8_interpreter {
 #define A8_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// a8_derive: for each of `count` rows, adds `advance` to its counter (1, or 0 when an earlier call of the same step has done
-// so) and writes the fields that follow from the step. On a GPU every pointer is a device address, so that a captured graph
-// counts by itself.
-// a8_draw: `numel` numbers of APOLLO's random matrix, A8_F32 or A8_BF16, for parameters that have taken *taken steps: that of
-// interval *taken / gap, of noise stream `noise_id`. before: the *taken with which `values` was drawn last; when that was in the
-// same interval, nothing is written. Null: they are drawn. On a GPU both are device addresses.
-// a8_screen: divides every gradient of the batch by *scale, in place (scale null: leaves them), and sets *found to 1 when one
-// is not finite afterwards; else *found stays. Only chunks, grad, grad_dtype and numel are looked at.
-// a8_read_tensors: of a list of `count` tensors and of their gradients, which are put into a list of as many, the addresses: first the
-// parameters', then the gradients'. An error when type, device, shape or strides of one are not those of `facts`; with `learns` they
-// become the facts: 2 + 2 for each dimension, of each parameter and gradient in turn. a8_read_values: an error unless the values of
-// `count` dictionaries, one after the other, are the very objects of a list. Both are called with the interpreter's lock held;
-// objects of Python are borrowed, and an exception of Python's may be set when they return.
+// a8_derive: for each of `count` rows, adds `advance` to its counter (1, or 0 when an earlier call of the same step has
+// done so) and writes the fields that follow from the step. On a GPU every pointer is a device address, so that a
+// captured graph counts by itself.
+// a8_draw: `numel` numbers of APOLLO's random matrix, A8_F32 or A8_BF16, for parameters that have taken *taken steps:
+// that of interval *taken / gap, of noise stream `noise_id`. before: the *taken with which `values` was drawn last;
+// when that was in the same interval, nothing is written. Null: they are drawn. On a GPU both are device addresses.
+// a8_screen: divides every gradient of the batch by *scale, in place (scale null: leaves them), and sets *found to 1
+// when one is not finite afterwards; else *found stays. Only chunks, grad, grad_dtype and numel are looked at.
+// a8_read_tensors: of a list of `count` tensors and of their gradients, which are put into a list of as many, the
+// addresses: first the parameters', then the gradients'. An error when type, device, shape or strides of one are not
+// those of `facts`; with `learns` they become the facts: 2 + 2 for each dimension, of each parameter and gradient in
+// turn. a8_read_values: an error unless the values of `count` dictionaries, one after the other, are the very objects
+// of a list. Both are called with the interpreter's lock held; objects of Python are borrowed, and an exception of
+// Python's may be set when they return.
 #if !defined(__CUDACC_RTC__)
 A8_EXPORT int32_t a8_get_info(a8_info* info);
 A8_EXPORT const char* a8_last_error(void);

@@ -1,7 +1,8 @@
 // The arithmetic of Adafactor and CAME, once for every backend; see math.h for what it may use.
 //
-// Shazeer & Stern 2018, arXiv:1804.04235, Algorithms 4 and 5, with torch.optim.Adafactor's eps1 and weight decay. CAME: Luo et
-// al. 2023, arXiv:2307.02047, Algorithm 2. The norm-growth limiter: Chen et al. 2024 (Fira), arXiv:2410.01623, section 3.3.
+// Shazeer & Stern 2018, arXiv:1804.04235, Algorithms 4 and 5, with torch.optim.Adafactor's eps1 and weight decay. CAME:
+// Luo et al. 2023, arXiv:2307.02047, Algorithm 2. The norm-growth limiter: Chen et al. 2024 (Fira), arXiv:2410.01623,
+// section 3.3.
 #pragma once
 
 #include "math.h"
@@ -11,8 +12,8 @@ A8_FN float a8_average(const a8_hyper* h, float average, float x) {
   return h->beta2 * average + h->one_minus_beta2 * x;
 }
 
-// Of the bits of a chunk's first A8_SAMPLES elements as they are stored: enough to notice a parameter that was exchanged
-// behind autograd's back (param.data.copy_ does not count as a write). Starts at the chunk's length.
+// Of the bits of a chunk's first A8_SAMPLES elements as they are stored: enough to notice a parameter that was
+// exchanged behind autograd's back (param.data.copy_ does not count as a write). Starts at the chunk's length.
 A8_FN uint32_t a8_fingerprint(uint32_t fingerprint, uint32_t bits) { return (fingerprint ^ bits) * 0x01000193u; }
 
 // 1 / sqrt(v), at most 1 / eps: the reciprocal root of max(v, eps^2), for elements, row means and column means alike.
@@ -23,9 +24,9 @@ A8_FN float a8_excess(const a8_hyper* h, float numel, float squares) {
   return h->clip > 0.0f ? a8_at_least(a8_div(a8_sqrt(a8_div(squares, numel)), h->clip), 1.0f) : 1.0f;
 }
 
-// The norm-growth limiter: the factor that keeps the update's norm within h->growth times the last one, and in *last the norm
-// that is left. There is nothing to compare with before the first update and after zero ones (a zero gradient says nothing of
-// how large the next may be), and what is not finite is not remembered.
+// The norm-growth limiter: the factor that keeps the update's norm within h->growth times the last one, and in *last
+// the norm that is left. There is nothing to compare with before the first update and after zero ones (a zero gradient
+// says nothing of how large the next may be), and what is not finite is not remembered.
 A8_FN float a8_limit(const a8_hyper* h, float squares, float* last) {
   float norm = a8_sqrt(squares), most = h->growth * *last, factor = 1.0f;
   if (!(norm > 0.0f && norm <= 3.4028234663852886e38f)) return factor;

@@ -1,5 +1,5 @@
-// What the C entries of every library share: the thread's error message, the handshake, checks of single arguments. Host code
-// only, included by each library's abi file and nothing else.
+// What the C entries of every library share: the thread's error message, the handshake, checks of single arguments.
+// Host code only, included by each library's abi file and nothing else.
 #pragma once
 
 #include <cstdarg>

@@ -57,9 +57,9 @@ A8_FN a8_log8_header a8_log8_tight(int32_t low, int32_t high) {
 
 // The header of a block from its a8_log8_low and its largest bits. An all-zero block has lo = 0.
 //
-// before: the header that the block has; lo = 0 for none. It is kept while the block fits and would not gain an eighth; a
-// new one has some room at both ends. For on a new grid every value is rounded anew, by up to a whole code, on an old one
-// only by what has changed: a moving average drifts less (docs/decisions/0008-log8-keeps-its-grid.md).
+// before: the header that the block has; lo = 0 for none. It is kept while the block fits and would not gain an eighth;
+// a new one has some room at both ends. For on a new grid every value is rounded anew, by up to a whole code, on an old
+// one only by what has changed: a moving average drifts less (docs/decisions/0008-log8-keeps-its-grid.md).
 A8_FN a8_log8_header a8_log8_header_of(int32_t low, int32_t high, a8_log8_header before) {
   a8_log8_header header = a8_log8_tight(low, high);
   if (low == 0 || before.lo == 0) return header;
@@ -121,7 +121,8 @@ A8_FN float a8_absmax_scale(uint32_t absmax_bits, float levels) {
 
 // int8: linear, to nearest even. inverse = 127 / absmax, scale = absmax / 127.
 #define A8_INT8_LEVELS 127.0f
-// The code in the low byte: adding 1.5 * 2^23 leaves the rounded integer there, one add where a conversion costs several.
+// The code in the low byte: adding 1.5 * 2^23 leaves the rounded integer there, one add where a conversion costs
+// several.
 template <typename F>
 A8_FN auto a8_int8_bits(F x, float inverse) {
   return a8_bits(x * inverse + 12582912.0f);

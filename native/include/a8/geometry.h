@@ -14,8 +14,8 @@
 #define A8_TILE_COLS 1024
 #define A8_RUN_ROWS 64
 
-// Elements at the beginning of a chunk that its fingerprint looks at: neighbours, for a sample spread over many pages costs
-// a page walk each (half of the norm phase, measured). Not part of the numerics.
+// Elements at the beginning of a chunk that its fingerprint looks at: neighbours, for a sample spread over many pages
+// costs a page walk each (half of the norm phase, measured). Not part of the numerics.
 #define A8_SAMPLES 8
 
 // Totals of a tensor in the scratch: of p^2, of u^2, and the factor of the norm-growth limiter.
@@ -31,8 +31,8 @@
 // Threads of a block of every CUDA kernel. Not part of the numerics.
 #define A8_THREADS 256
 
-// So many chunks of Adafactor's are few: each then has a block of threads of its own, for what it takes is its latency. Not part of
-// the numerics.
+// So many chunks of Adafactor's are few: each then has a block of threads of its own, for what it takes is its latency.
+// Not part of the numerics.
 #ifndef A8_FEW_CHUNKS
 #define A8_FEW_CHUNKS 512
 #endif

@@ -1,6 +1,7 @@
-// The arithmetic that the rules and the formats share, once for every backend. Receives and returns float32 values in registers; touches no
-// memory. Only correctly rounded operations (+, -, *, /, sqrt), integer operations and comparisons, and no fma, so that
-// the baseline instruction set, which has none, gives the same bits at vector speed (docs/decisions/0002-no-fma.md).
+// The arithmetic that the rules and the formats share, once for every backend. Receives and returns float32 values in
+// registers; touches no memory. Only correctly rounded operations (+, -, *, /, sqrt), integer operations and
+// comparisons, and no fma, so that the baseline instruction set, which has none, gives the same bits at vector speed
+// (docs/decisions/0002-no-fma.md).
 //
 // F, I, U: a float, int32_t, uint32_t, or vectors of them (native/cpu/vector.inc).
 #pragma once
@@ -43,10 +44,10 @@ A8_FN a8_noise a8_noise_key(uint32_t seed_low, uint32_t seed_high, uint32_t step
   return noise;
 }
 
-// The phase of a tensor's first element at a step, in units of 2^-32 modulo 1, of which the highest 23 bits count and the
-// others are zero; element e is e * A8_PHASE_STRIDE further on. 1 / golden ratio a step and sqrt(2) an element: the noise that
-// an element meets is spread evenly over time, that of neighbours over a block, and a moving average drifts less than with
-// independent draws (docs/decisions/0006).
+// The phase of a tensor's first element at a step, in units of 2^-32 modulo 1, of which the highest 23 bits count and
+// the others are zero; element e is e * A8_PHASE_STRIDE further on. 1 / golden ratio a step and sqrt(2) an element: the
+// noise that an element meets is spread evenly over time, that of neighbours over a block, and a moving average drifts
+// less than with independent draws (docs/decisions/0006).
 #define A8_PHASE_STRIDE (0x3504f3u << 9)
 A8_FN uint32_t a8_phase_key(uint32_t seed_low, uint32_t seed_high, uint32_t step, uint32_t noise_id) {
   return (a8_key(seed_low, seed_high, 0u, noise_id, A8_STREAM_SECOND) + step * 0x4f1bbdu) << 9;

@@ -1,8 +1,8 @@
 // The arithmetic of the element-wise rules, once for every backend; see math.h for what it may use.
 //
-// A rule is a function of one element: from the parameter, the gradient and up to three moments to the new moments and the
-// update u; then p <- p * decay - step_size * u. A new rule is a kind in abi.h, a specialisation of a8_rule_update and, where
-// its step size is not lr, a line of a8_rule_of. KIND: an a8_rule_kind.
+// A rule is a function of one element: from the parameter, the gradient and up to three moments to the new moments and
+// the update u; then p <- p * decay - step_size * u. A new rule is a kind in abi.h, a specialisation of a8_rule_update
+// and, where its step size is not lr, a line of a8_rule_of. KIND: an a8_rule_kind.
 #pragma once
 
 #include "math.h"
@@ -126,8 +126,8 @@ struct a8_rule_update<A8_LION> {
   }
 };
 
-// torch.optim.RMSprop (Hinton, lecture 6e; centered: Graves 2013, arXiv:1308.0850). first: the momentum, third: the average
-// gradient of the centered variant; beta1 or beta3 is 0 without.
+// torch.optim.RMSprop (Hinton, lecture 6e; centered: Graves 2013, arXiv:1308.0850). first: the momentum, third: the
+// average gradient of the centered variant; beta1 or beta3 is 0 without.
 template <>
 struct a8_rule_update<A8_RMSPROP> {
   template <typename F>
@@ -161,7 +161,8 @@ struct a8_rule_update<A8_ADAGRAD> {
   }
 };
 
-// Pagliardini, Ablin & Grangier 2024, arXiv:2409.03137, Algorithm 1. third: the slow average, which has no bias correction.
+// Pagliardini, Ablin & Grangier 2024, arXiv:2409.03137, Algorithm 1. third: the slow average, which has no bias
+// correction.
 template <>
 struct a8_rule_update<A8_ADEMAMIX> {
   template <typename F>
@@ -185,7 +186,8 @@ struct a8_rule_update<A8_LAMB> {
   }
 };
 
-// You et al. 2017, arXiv:1708.03888, Algorithm 1, with the learning rate outside of the momentum as torch.optim.SGD has it.
+// You et al. 2017, arXiv:1708.03888, Algorithm 1, with the learning rate outside of the momentum as torch.optim.SGD has
+// it.
 template <>
 struct a8_rule_update<A8_LARS> {
   template <typename F>

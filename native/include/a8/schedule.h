@@ -1,8 +1,9 @@
-// How the fields of a8_hyper that depend on the step follow from it: once for the CPU library, nvcc and NVRTC. In Python
-// a8multi/plan/schedule.py is this file's mirror; a test compares their bits.
+// How the fields of a8_hyper that depend on the step follow from it: once for the CPU library, nvcc and NVRTC. In
+// Python a8multi/plan/schedule.py is this file's mirror; a test compares their bits.
 //
-// Only +, -, *, / and sqrt of doubles, all correctly rounded, and no fma: a device, a host and Python get the same bits,
-// and a replayed graph those of eager steps (docs/decisions/0010-derived-on-device.md). pow() promises no such thing.
+// Only +, -, *, / and sqrt of doubles, all correctly rounded, and no fma: a device, a host and Python get the same
+// bits, and a replayed graph those of eager steps (docs/decisions/0010-derived-on-device.md). pow() promises no such
+// thing.
 #pragma once
 
 #include "abi.h"
@@ -23,8 +24,8 @@ A8_FN double a8_power(double x, int64_t n) {
   return result;
 }
 
-// 2^(exponent * whole + exponent * fraction) for exponent <= 0, 0 <= whole < 64, |fraction| <= 1/2. The product with the
-// whole number is split so that it is exact: the relative error stays below 2^-50 for any `whole`.
+// 2^(exponent * whole + exponent * fraction) for exponent <= 0, 0 <= whole < 64, |fraction| <= 1/2. The product with
+// the whole number is split so that it is exact: the relative error stays below 2^-50 for any `whole`.
 A8_FN double a8_exp2_product(double exponent, double whole, double fraction) {
   double spread = 134217729.0 * exponent;  // 2^27 + 1: Veltkamp's splitting
   double high = spread - (spread - exponent);
@@ -49,8 +50,9 @@ A8_FN double a8_decay(int64_t t, double exponent) {
   return a8_exp2_product(exponent, whole, 2.8853900817779268 * (s * series));
 }
 
-// AdEMAMix's beta3 on its way from beta1 to its value: arXiv:2409.03137, section 3.1, where 1 / log(beta3) goes evenly from one
-// to the other, and so does `half`, the number of steps in which the average loses half of what it held. progress: in [0, 1].
+// AdEMAMix's beta3 on its way from beta1 to its value: arXiv:2409.03137, section 3.1, where 1 / log(beta3) goes evenly
+// from one to the other, and so does `half`, the number of steps in which the average loses half of what it held.
+// progress: in [0, 1].
 A8_FN double a8_beta_between(double first_half, double last_half, double progress) {
   double half = first_half + (last_half - first_half) * progress;
   return half > 0.0 ? a8_exp2_product(-1.0 / half, 1.0, 0.0) : 0.0;
