@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from a8multi import settings
 from a8multi.errors import BackendUnavailable
 from a8multi.loader import flatten, geometry, structs
 from a8multi.plan import Live, StepPlan
@@ -71,7 +72,11 @@ class _TorchStream:
 
 
 class CupyBackend:
-    """The kernels that ``loader.sources`` finds, compiled for each device when it first runs one."""
+    """The kernels that ``loader.sources`` finds, compiled for each device when it first runs one.
+
+    Attributes:
+        nvrtc_version: of the compiler, (major, minor).
+    """
 
     name = "cupy"
     ops = ("codec", "elementwise", "adafactor")
@@ -80,16 +85,19 @@ class CupyBackend:
         require_cuda()
         try:
             import cupy
-        except Exception as error:  # CuPy raises other types than ImportError when its own libraries do not load
+
+            self.nvrtc_version: tuple[int, int] = cupy.cuda.nvrtc.getVersion()
+        except Exception as error:  # CuPy raises other types than ImportError when a library does not load
             raise BackendUnavailable(
-                f"CuPy cannot be imported: {error}. Install the one for your CUDA version: pip install cupy-cuda13x"
+                f"CuPy or its compiler NVRTC cannot be loaded: {error}. Install the one for your CUDA version with its "
+                f'libraries: pip install "cupy-cuda13x[ctk]"'
             ) from error
         self._cupy = cupy
         self._modules: dict[str, Any] = {}
         self._kernels: dict[str, Any] = {}
 
     def report(self) -> BackendReport:
-        detail = f"NVRTC {'.'.join(map(str, self._cupy.cuda.nvrtc.getVersion()))}"
+        detail = f"NVRTC {'.'.join(map(str, self.nvrtc_version))}"
         return BackendReport(self.name, True, "", None, self._cupy.__version__, detail, self.ops)
 
     @cached_property
@@ -104,9 +112,15 @@ class CupyBackend:
         """The function ``a8_<name>_kernel``, a name of _KERNELS."""
         if name not in self._kernels:
             file = _FILES[name]
-            if file not in self._modules:
-                self._modules[file] = self._cupy.RawModule(code=flatten(file), options=_OPTIONS)
-            self._kernels[name] = self._modules[file].get_function(f"a8_{name}_kernel")
+            try:
+                if file not in self._modules:
+                    self._modules[file] = self._cupy.RawModule(code=flatten(file), options=_OPTIONS)
+                self._kernels[name] = self._modules[file].get_function(f"a8_{name}_kernel")
+            except Exception as error:  # of NVRTC, of the driver, or of the cache on disk
+                raise BackendUnavailable(
+                    f"CuPy {self._cupy.__version__} cannot compile {file}: {error}. {settings.BACKEND.name}=torch runs "
+                    f"without it"
+                ) from error
         return self._kernels[name]
 
     @contextmanager

@@ -34,10 +34,8 @@ def misfit(backend: Any, device: torch.device) -> str | None:
     name, capability = describe(device)
     where = f"{device} ({name})"
     if backend.name == "cupy":
-        import cupy
-
-        major, minor = cupy.cuda.nvrtc.getVersion()
-        what = f"CuPy {cupy.__version__}"
+        major, minor = backend.nvrtc_version
+        what = f"CuPy {backend.report().version}"
         return compatibility.misfit(what, where, toolkit=1000 * major + 10 * minor, driver=driver_version())
     info = backend.library.info
     return compatibility.misfit(

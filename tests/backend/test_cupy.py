@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from kernel_sources import entry_files, kernels_of
 
 from a8multi.backend import cupy as cupy_backend
+from a8multi.errors import BackendUnavailable
 from a8multi.loader import flatten
 
 
@@ -30,9 +31,18 @@ def test_every_kernel_that_is_asked_for_is_in_its_source(monkeypatch: pytest.Mon
 
     module = ModuleType("cupy")
     module.RawModule = RawModule  # type: ignore[attr-defined]
+    module.cuda = SimpleNamespace(nvrtc=SimpleNamespace(getVersion=lambda: (13, 0)))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.setattr(cupy_backend, "require_cuda", lambda: None)
     backend = cupy_backend.CupyBackend()
     for name in cupy_backend._FILES:
         backend._kernel(name)
     assert len(asked) == len(cupy_backend._FILES) > 0
+
+    def refuse(**_: Any) -> None:
+        raise RuntimeError("nvrtc: error: no such option")
+
+    module.__version__ = "99.0"  # type: ignore[attr-defined]
+    module.RawModule = refuse  # type: ignore[attr-defined]
+    with pytest.raises(BackendUnavailable, match=r"99\.0 cannot compile cuda/kernels/adam\.cuh: nvrtc: error.*=torch"):
+        cupy_backend.CupyBackend()._kernel("adam")

@@ -59,6 +59,10 @@ FAULTS = {
 }
 
 
+# What CuPy raises when the toolkit's libraries are not installed.
+NO_NVRTC = RuntimeError("CuPy failed to load libnvrtc.so.13: cannot open shared object file")
+
+
 @pytest.fixture(autouse=True)
 def _fresh(clean_settings: None) -> Iterator[None]:
     registry.reset()
@@ -68,9 +72,19 @@ def _fresh(clean_settings: None) -> Iterator[None]:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """machine(*capabilities, driver=, nvrtc=) puts such CUDA devices here; nvrtc: CuPy's version, None: no CuPy."""
+    """machine(*capabilities, driver=, nvrtc=) puts such CUDA devices here.
 
-    def pretend(*capabilities: tuple[int, int], driver: int = 13000, nvrtc: tuple[int, int] | None = None) -> None:
+    nvrtc: the version of CuPy's compiler, or why that one does not load; None: no CuPy.
+    """
+
+    def pretend(
+        *capabilities: tuple[int, int], driver: int = 13000, nvrtc: tuple[int, int] | Exception | None = None
+    ) -> None:
+        def version() -> tuple[int, int] | None:
+            if isinstance(nvrtc, Exception):
+                raise nvrtc
+            return nvrtc
+
         found = tuple(torch.device("cuda", index) for index in range(len(capabilities)))
         monkeypatch.setattr(devices, "cuda_devices", lambda: found)
         monkeypatch.setattr(devices, "describe", lambda device: ("Stub GPU", capabilities[device.index]))
@@ -79,7 +93,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             monkeypatch.setattr(module, "require_cuda", lambda: None)
         module = ModuleType("cupy")
         module.__version__ = "99.0"
-        module.cuda = SimpleNamespace(nvrtc=SimpleNamespace(getVersion=lambda: nvrtc))
+        module.cuda = SimpleNamespace(nvrtc=SimpleNamespace(getVersion=version))
         monkeypatch.setitem(sys.modules, "cupy", None if nvrtc is None else module)
 
     return pretend
@@ -110,10 +124,10 @@ def assert_reason(text: str, path: Path, fault: Fault) -> None:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-@pytest.mark.parametrize("nvrtc", [(12, 4), None], ids=["cupy", "no cupy"])
+@pytest.mark.parametrize("nvrtc", [(12, 4), None, NO_NVRTC], ids=["cupy", "no cupy", "no nvrtc"])
 def test_automatic_choice_falls_back_and_says_why(
     name: str,
-    nvrtc: tuple[int, int] | None,
+    nvrtc: tuple[int, int] | Exception | None,
     machine: Callable[..., None],
     install: Callable[..., Path],
     caplog: pytest.LogCaptureFixture,
@@ -121,13 +135,16 @@ def test_automatic_choice_falls_back_and_says_why(
     fault = FAULTS[name]
     machine(fault.capability, driver=fault.driver, nvrtc=nvrtc)
     path = install(fault)
-    expected = "cupy" if nvrtc else "torch"
+    expected = "cupy" if isinstance(nvrtc, tuple) else "torch"
     with caplog.at_level(logging.WARNING, "a8multi"):
         for _ in range(3):
             assert a8multi.backend_for("cuda:0").name == expected
     assert len(caplog.records) == 1
     assert_reason(caplog.text, path, fault)
-    assert ("CuPy cannot be imported" in caplog.text) is (nvrtc is None)
+    assert ("CuPy or its compiler NVRTC cannot be loaded" in caplog.text) is (expected == "torch")
+    assert (str(NO_NVRTC) in caplog.text) is (nvrtc is NO_NVRTC)
+    assert [one.available for one in a8multi.backends()[:2]] == [False, expected == "cupy"]
+    assert main(["info"]) == 0
 
     report = a8multi.backends()[0]
     assert (report.name, report.available) == ("cuda", False)
