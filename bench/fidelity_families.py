@@ -133,7 +133,8 @@ FAMILIES: dict[str, tuple[Candidate, ...]] = {
         _ours("APOLLO8bit rank 16", _APOLLO),
         _ours("APOLLO8bit rank 16, nf4", _APOLLO, first_moment="nf4"),
         _ours("APOLLO8bit rank 16 factorized", _APOLLO, factorize=True),
-        _ours("Adafactor8bit APOLLO rank 16, nf4", _APOLLO_OF_ADAFACTOR),
+        _ours("Adafactor8bit APOLLO rank 16", _APOLLO_OF_ADAFACTOR),
+        _ours("Adafactor8bit APOLLO rank 16, nf4", _APOLLO_OF_ADAFACTOR, first_moment="nf4"),
         _adafactor8bit("APOLLO rank 16", _APOLLO_OF_ADAFACTOR),
     ),
 }

@@ -77,7 +77,8 @@ class Adafactor8bit(ProjectedOptimizer):
         came_order: what ``beta3`` does: "paper" (the first moment averages the clipped update, and the step is that
             average over the root of the confidence) or "adafactor8bit" (as that package: the first moment averages the
             gradient, and the confidence multiplies the second moment).
-        first_moment: "nf4" (packed, 4 bits), "int8", "bf16" or "fp32".
+        first_moment: "nf4" (packed, 4 bits), "int8", "bf16" or "fp32". None: nf4, but int8 where APOLLO projects: that
+            moment is small, and with nf4 the loss suffers (docs/optimizers.md, Formats).
         stochastic_rounding: of log8 codes, see :class:`AdamW8bit`.
         stochastic_rounding_writeback: round bfloat16 and float16 parameters stochastically when they are written.
         seed: of the noise, 0 to 2**64 - 1.
@@ -153,7 +154,7 @@ class Adafactor8bit(ProjectedOptimizer):
         enable_fira_for_adafactor: bool = False,
         fira_margin: float = 0.01,
         *,
-        first_moment: str = "nf4",
+        first_moment: str | None = None,
         stochastic_rounding: bool = True,
         stochastic_rounding_writeback: bool = False,
         seed: int = 0,
@@ -193,7 +194,7 @@ class Adafactor8bit(ProjectedOptimizer):
             )
         check_block_size("block_size", group["block_size"])
         check_block_size("m_block_size", group["m_block_size"])
-        if group["first_moment"] not in _FIRST_FORMATS:
+        if group["first_moment"] not in (None, *_FIRST_FORMATS):
             raise ValueError(f"first_moment must be one of {', '.join(_FIRST_FORMATS)}, not {group['first_moment']!r}")
 
         self._check_apollo(group)
@@ -204,7 +205,7 @@ class Adafactor8bit(ProjectedOptimizer):
         min_numel = group["min_8bit_size"]
         first = second = None
         if group["beta1"] is not None:
-            name = group["first_moment"] if group["quantize"] else "fp32"
+            name = group["first_moment"] or "nf4" if group["quantize"] else "fp32"
             first = moment_spec(name, group["m_block_size"], param.numel(), min_numel)
         if param.ndim >= 2 and group["factored"]:
             second = MomentSpec(None)

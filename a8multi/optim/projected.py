@@ -72,7 +72,7 @@ class ProjectedOptimizer(LowBitOptimizer):
         shape = self._projector(group, param.shape).shape
         first = None
         if group["beta1"] is not None:
-            name = group["first_moment"] if group["quantize"] else "fp32"
+            name = group["first_moment"] or "int8" if group["quantize"] else "fp32"
             first = moment_spec(name, group["m_block_size"], shape.numel(), group["min_8bit_size"])
         second = MomentSpec(None)
         if not group["apollo_factorize"]:

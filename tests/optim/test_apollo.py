@@ -88,7 +88,13 @@ def test_the_papers_algorithm(options: dict[str, Any], backend: BackendCase) -> 
 
 MAKES: dict[str, Callable[..., Any]] = {
     "nf4": lambda params: a8multi.Adafactor8bit(
-        params, apollo_rank=16, apollo_update_proj_gap=GAP, beta1=0.9, beta2=0.999, relative_step=False
+        params,
+        apollo_rank=16,
+        apollo_update_proj_gap=GAP,
+        beta1=0.9,
+        beta2=0.999,
+        relative_step=False,
+        first_moment="nf4",
     ),
     "no momentum": lambda params: a8multi.Adafactor8bit(params, apollo_rank=16, apollo_update_proj_gap=GAP),
     "factorized": lambda params: a8multi.Adafactor8bit(
@@ -252,6 +258,18 @@ def test_groups_with_and_without_projection() -> None:
     assert optimizer.state[params[0]]["exp_avg_sq"].shape == (8, 128)
     assert optimizer.state[params[1]]["exp_avg_sq"].shape == (128, 64)
     assert "update_norm" not in optimizer.state[params[1]]
+
+
+def test_a_projected_moment_is_int8_unless_one_says_otherwise() -> None:
+    def stored(**options: Any) -> list[torch.dtype]:
+        params = parameters([(64, 512), (8200,)])
+        optimizer = a8multi.Adafactor8bit(params, beta1=0.9, apollo_rank=32, min_8bit_size=0, **options)
+        run(optimizer, params, range(1))
+        return [optimizer.state[p]["exp_avg"].dtype for p in params]
+
+    assert stored() == [torch.int8, torch.uint8]
+    assert stored(first_moment="nf4") == [torch.uint8, torch.uint8]
+    assert stored(first_moment="int8") == [torch.int8, torch.int8]
 
 
 def test_what_is_not_projected_follows_adamw() -> None:
