@@ -7,7 +7,6 @@ text or numbers. Compiles nothing.
 from __future__ import annotations
 
 import re
-from functools import cache
 from pathlib import Path, PurePosixPath
 
 from a8multi.errors import LibraryIncompatible, LibraryNotFound
@@ -49,12 +48,7 @@ def geometry() -> dict[str, int]:
         LibraryNotFound: the sources are missing.
         LibraryIncompatible: the file defines no integer at all.
     """
-    return dict(_geometry_of(root() / GEOMETRY))
-
-
-@cache
-def _geometry_of(path: Path) -> dict[str, int]:
-    """Read once: every plan asks."""
+    path = root() / GEOMETRY
     found = {name: int(value, 0) for name, value in _DEFINE.findall(path.read_text(encoding="utf-8"))}
     if not found:
         raise LibraryIncompatible(str(path), "defines no integer", "reinstall the package: its sources are damaged")

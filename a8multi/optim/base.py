@@ -15,6 +15,7 @@ from torch import Tensor
 
 from a8multi.backend.base import Backend
 from a8multi.backend.registry import backend_for
+from a8multi.errors import StateFormatError
 from a8multi.loader.structs import Flag, RuleKind
 from a8multi.plan import Item, Live, Moments, Schedule, StepPlan, matrix_shape
 from a8multi.plan.step_plan import DTYPES
@@ -41,6 +42,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
     _format_options: ClassVar[tuple[str, ...]]
     # Other options that plans are made of: they are made anew when one changes.
     _plan_options: ClassVar[tuple[str, ...]] = ()
+    # Whether a step has run outside of a capture since the optimizer was built or loaded.
+    _has_run = False
 
     def __init__(self, params: Iterable[Any], defaults: Group) -> None:
         super().__init__(params, {"skip_nonfinite": False, **defaults})
@@ -77,6 +80,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
             for name in _OF_THE_RUN:
                 group.setdefault(name, False)
         self._roster = self._screen = None
+        self._has_run = False
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, as torch.optim.Optimizer does.
@@ -151,8 +155,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
             ValueError: a gradient is sparse or of another shape or device, or a hyper-parameter is not valid. Nothing
                 has been written then.
             BackendUnavailable: the backend that was asked for cannot run here.
-            RuntimeError: the step is being captured in a CUDA graph, and a group is not ``capturable`` or a parameter
-                has no state yet.
+            RuntimeError: the step is being captured in a CUDA graph, and a group is not ``capturable``, no step has
+                run since the optimizer was built or loaded, or a parameter has no state yet.
         """
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if capturing:
@@ -171,6 +175,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
             if roster is not None:
                 roster.drop_grads()
         self._roster = roster
+        self._has_run |= not capturing
         return loss
 
     # --- One step. ---
@@ -183,6 +188,12 @@ class LowBitOptimizer(torch.optim.Optimizer):
                     f"capturable=False: every replay would repeat the step number of the capture. Build the optimizer "
                     f"with capturable=True"
                 )
+        if not self._has_run:
+            raise RuntimeError(
+                f"step() of {type(self).__name__} is being captured in a CUDA graph before it has run since the "
+                f"optimizer was built or loaded: what it makes once would belong to the graph. Take a step before the "
+                f"capture"
+            )
 
     def _survey(self, capturing: bool) -> Roster:
         """Parameters with gradients by device, all checked and with their states: the next thing is to update them."""
@@ -257,6 +268,11 @@ class LowBitOptimizer(torch.optim.Optimizer):
                         f"{self._name(number)} is not there yet, or not in the group's format. Take a step with the "
                         f"same gradients present before the capture"
                     )
+        for number, (state, param, moments, _) in zip(work.numbers, arguments, strict=True):
+            try:
+                state_of.check(state, param, moments)
+            except StateFormatError as error:
+                raise StateFormatError(f"{self._name(number)}: {error}") from None
         for each in arguments:
             state_of.ensure(*each)
         for param, state in zip(work.params, work.states, strict=True):
@@ -313,9 +329,9 @@ class LowBitOptimizer(torch.optim.Optimizer):
         """The flags of the devices, where steps may be skipped."""
         if not self._step_supports_amp_scaling:
             return None
-        devices = [work.device for work in works]
-        if self._screen is None or list(self._screen.found) != devices:
-            self._screen = Screen(devices)
+        if self._screen is None:
+            self._screen = Screen()
+        self._screen.prepare([work.device for work in works])
         return self._screen
 
     def _look_at_gradients(self, screen: Screen, runs: list[tuple[Work, Backend, Any]]) -> None:
@@ -337,26 +353,29 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
     def _run(self, work: Work, backend: Backend, hypers: Any, *more: Any) -> None:
         plan, run = work.plan, getattr(backend, self._op)
-        if plan.items:
-            run(plan, hypers, *more)
-        for index in work.strided:
-            self._update_strided(run, work, index, hypers, *more)
-        # Kernels write through raw pointers: without this autograd would not notice a parameter saved for backward.
-        _bump_versions(work.params)
+        try:
+            if plan.items:
+                run(plan, hypers, *more)
+            for indices in work.strided_waves():
+                self._update_strided(run, work, indices, hypers, *more)
+        finally:
+            # Kernels write through raw pointers: without this autograd would not notice a parameter saved for backward.
+            # A step that fails may have written some.
+            _bump_versions(work.params)
         if plan.squares is not None:
             asked = (hypers["flags"] & Flag.SCALE_PARAMETER) != 0
             plan.squares.leave(asked[plan.tensors["hyper"]])
 
-    def _update_strided(self, run: Callable[..., None], work: Work, index: int, *hypers: Any) -> None:
-        """One parameter that is not contiguous, or its gradient is not. A copy of each is the only temporary."""
-        param = work.params[index]
-        item = self._item(work, index, param.contiguous())
-        plan = StepPlan(work.device, [item], rule=self._rule)
-        plan.grads = [work.grads[index].contiguous()]
+    def _update_strided(self, run: Callable[..., None], work: Work, indices: list[int], *hypers: Any) -> None:
+        """Parameters that are not contiguous, or whose gradients are not, by way of copies."""
+        items = [self._item(work, i, work.params[i].contiguous()) for i in indices]
+        plan = StepPlan(work.device, items, rule=self._rule)
+        plan.grads = [work.grads[i].contiguous() for i in indices]
         plan.skip = work.plan.skip
         run(plan, *hypers)
-        if item.param is not param:
-            param.copy_(item.param)
+        for i, item in zip(indices, items, strict=True):
+            if item.param is not work.params[i]:
+                work.params[i].copy_(item.param)
 
 
 def _bump_versions(params: list[Tensor]) -> None:

@@ -20,6 +20,8 @@ from a8multi.plan import StepPlan
 
 from .reader import TensorReader, UnreadableError, check_values
 
+_COPIED = 16 << 20  # bytes of what is not contiguous, at a time
+
 Group = dict[str, Any]
 State = dict[str, Any]
 
@@ -74,6 +76,19 @@ class Work:
         self.groups.append(group)
         self.numbers.append(number)
         self.states.append(state)
+
+    def strided_waves(self) -> list[list[int]]:
+        """``strided`` in parts that are copied together: of no more bytes than _COPIED, or of one that is larger."""
+        waves: list[list[int]] = []
+        room = 0
+        for i in self.strided:
+            size = sum(one.nbytes for one in (self.params[i], self.grads[i]) if not one.is_contiguous())
+            room -= size
+            if room < 0 or not waves:
+                waves.append([])
+                room = _COPIED - size
+            waves[-1].append(i)
+        return waves
 
     def planned(self, column: list[Any]) -> list[Any]:
         """The entries of a column that belong to the plan."""

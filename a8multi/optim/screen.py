@@ -12,15 +12,25 @@ from torch import Tensor
 
 
 class Screen:
-    """The flags and the number of steps that were skipped, on each device.
+    """The flags and the number of steps that were skipped.
 
-    Args:
-        devices: of the parameters.
+    Attributes:
+        found: the flag of each device that has a part in the step, float32 0-d.
     """
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self.found = {device: torch.zeros((), device=device) for device in devices}
-        self._skipped = {device: torch.zeros((), dtype=torch.int64, device=device) for device in self.found}
+    def __init__(self) -> None:
+        self.found: dict[torch.device, Tensor] = {}
+        self._flags: dict[torch.device, Tensor] = {}
+        self._skipped: dict[torch.device, Tensor] = {}
+
+    def prepare(self, devices: Iterable[torch.device]) -> None:
+        """For a step of parameters on these devices, not the same ones in each step."""
+        self.found = {}
+        for device in devices:
+            if device not in self._flags:
+                self._flags[device] = torch.zeros((), device=device)
+                self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
+            self.found[device] = self._flags[device]
 
     def begin(self, found: Tensor | None) -> None:
         """Clear the flags, or begin with what GradScaler has found."""
@@ -48,9 +58,9 @@ class Screen:
             ]
             for flag, most in zip(flags.values(), worst, strict=True):
                 flag.copy_(most)
-        for device, flag in flags.items():
-            self._skipped[device].add_(flag != 0)
+        for device in list(flags)[:1]:  # one counts the step for all
+            self._skipped[device].add_(flags[device] != 0)
 
     def skipped(self) -> int:
         """Steps skipped since the optimizer was built. Waits for the device."""
-        return max((int(count) for count in self._skipped.values()), default=0)
+        return sum(int(count) for count in self._skipped.values())

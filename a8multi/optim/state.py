@@ -134,6 +134,18 @@ def ensure(state: State, param: Tensor, moments: Moments, on_device: bool) -> No
     state.update(made)
 
 
+def check(state: State, param: Tensor, moments: Moments) -> None:
+    """Raise StateFormatError for what ``ensure`` cannot bring into these formats; nothing is written."""
+    if _held(state) == layout(param, moments):
+        return
+    shape = moments.shape_of(param)
+    for slot, _ in _slots(moments):
+        if slot.row and slot.row in state:
+            _factors(state, slot, shape)
+        elif slot.values in state:
+            _held_format(slot, state, shape)
+
+
 def tensors(state: State, moments: Moments) -> dict[str, Tensor | None]:
     """The tensors of an item by the names that it has for them."""
     found: dict[str, Tensor | None] = {"limiter": state[_LIMITER] if moments.limiter else None}

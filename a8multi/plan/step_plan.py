@@ -6,7 +6,7 @@ Receives items; returns numpy records in the layout of the C structs. Knows noth
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,10 @@ DTYPES = {
     torch.bfloat16: int(structs.Dtype.BF16),
     torch.float16: int(structs.Dtype.F16),
 }
+
+
+# Read once: plans of strided parameters are made at every step.
+_sizes = cache(geometry)
 
 
 def has_norm(rule: structs.RuleKind) -> bool:
@@ -72,7 +76,7 @@ class StepPlan:
     @cached_property
     def tensors(self) -> np.ndarray:
         """One ``a8_tensor`` an item, with host values of every device address. The tables below follow from it."""
-        sizes = geometry()
+        sizes = _sizes()
         items = self.items
         table = np.zeros(len(items), TENSOR)
         table["numel"] = [item.param.numel() for item in items]
@@ -141,7 +145,7 @@ class StepPlan:
     @property
     def scratch_floats(self) -> int:
         last = self.tensors[-1]
-        return int(last["sum_at"]) + geometry()["A8_TOTALS"] + 3 * int(last["chunks"])
+        return int(last["sum_at"]) + _sizes()["A8_TOTALS"] + 3 * int(last["chunks"])
 
     @cached_property
     def scratch(self) -> Tensor:
@@ -187,7 +191,7 @@ class StepPlan:
 def _is_usual(item: Item) -> bool:
     """Whether moments, formats and types are those of most steps, for which there are kernels."""
     types = item.param.dtype, item.grad_dtype
-    block = geometry()["A8_USUAL_BLOCK"]
+    block = _sizes()["A8_USUAL_BLOCK"]
     stored = (item.moments.first, structs.Format.INT8), (item.moments.second, structs.Format.LOG8)
     formats = all(spec is None or (spec.code == fmt and spec.block_size == block) for spec, fmt in stored)
     typed = types[0] == types[1] or types == (torch.bfloat16, torch.float32)

@@ -199,10 +199,10 @@ def test_capturable_is_a_flag(kind: Any, value: Any) -> None:
 
 
 @pytest.fixture
-def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """capture() makes torch say that the current stream is capturing."""
+def capture() -> Callable[[pytest.MonkeyPatch], None]:
+    """capture(monkeypatch) makes torch say that the current stream is capturing."""
 
-    def begin() -> None:
+    def begin(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
@@ -210,51 +210,69 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 @makes
-def test_a_capture_needs_capturable(make: Any, capture: Any) -> None:
+def test_a_capture_needs_capturable(make: Any, capture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters(SHAPES)
     optimizer = make(params)
     run(optimizer, params, range(1))
     before = snapshot(optimizer, params)
-    capture()
+    capture(monkeypatch)
     with pytest.raises(RuntimeError, match="capturable=True"):
         run(optimizer, params, range(1, 2))
     assert not differences(snapshot(optimizer, params), before)
 
 
 @makes
-def test_a_capture_needs_a_step_before(make: Any, capture: Any) -> None:
+def test_a_capture_needs_a_step_before(make: Any, capture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters(SHAPES)
     optimizer = make(params, capturable=True)
-    capture()
-    with pytest.raises(RuntimeError, match=r"params'\]\[0\] is not there yet"):
-        run(optimizer, params, range(1))
-    assert not optimizer.state
+    with monkeypatch.context() as pretended:
+        capture(pretended)
+        with pytest.raises(RuntimeError, match=r"before it has run since .* built or loaded"):
+            run(optimizer, params, range(1))
+        assert not optimizer.state
+    run(optimizer, params, range(1))
+    optimizer.load_state_dict(optimizer.state_dict())
+    before = snapshot(optimizer, params)
+    with monkeypatch.context() as pretended:
+        capture(pretended)
+        with pytest.raises(RuntimeError, match=r"before it has run since .* built or loaded"):
+            run(optimizer, params, range(1, 2))
+    assert not differences(snapshot(optimizer, params), before)
+    run(optimizer, params, range(1, 2))
+    late = parameters([(70,)])
+    optimizer.add_param_group({"params": late})
+    capture(monkeypatch)
+    with pytest.raises(RuntimeError, match=r"param_groups\[1\]\['params'\]\[0\] is not there yet"):
+        run(optimizer, [*params, *late], range(2, 3))
+    assert late[0] not in optimizer.state
 
 
 @makes
-def test_a_capture_after_a_step_or_a_load(make: Any, capture: Any) -> None:
+def test_a_capture_after_a_step(make: Any, capture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters(SHAPES)
     optimizer = make(params, capturable=True)
     run(optimizer, params, range(1))
     twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
     loaded = make(twins, capturable=True)
     loaded.load_state_dict(optimizer.state_dict())
-    capture()
     # Whatever the environment forces: torch cannot be captured, see below.
     with a8multi.use_backend("cpu"):
         run(optimizer, params, range(1, 2))
         run(loaded, twins, range(1, 2))
+        capture(monkeypatch)
+        run(optimizer, params, range(2, 3))
+        run(loaded, twins, range(2, 3))
     assert not differences(snapshot(loaded, twins), snapshot(optimizer, params))
-    assert int(optimizer.state[params[0]]["step"]) == 2
+    assert int(optimizer.state[params[0]]["step"]) == 3
 
 
-def test_the_torch_backend_cannot_be_captured(capture: Any) -> None:
+def test_the_torch_backend_cannot_be_captured(capture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters(SHAPES)
     optimizer = a8multi.AdamW8bit(params, capturable=True)
     with a8multi.use_backend("torch"):
         run(optimizer, params, range(1))
         before = snapshot(optimizer, params)
-        capture()
+        capture(monkeypatch)
         with pytest.raises(BackendUnavailable, match="CUDA graph"):
             run(optimizer, params, range(1, 2))
     assert not differences(snapshot(optimizer, params), before)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import a8multi
+from a8multi.optim import roster
 
 MAKES: dict[str, Callable[..., Any]] = {
     "adamw": lambda params: a8multi.AdamW8bit(params, lr=1e-2, stochastic_rounding_writeback=True),
@@ -87,6 +88,38 @@ def test_expanded_gradient(backend: Any, make: Any) -> None:
     expected = _trained(backend.device, make, _contiguous, _contiguous, torch.float32, whole)
     found = _trained(backend.device, make, _contiguous, _expanded, torch.float32)
     assert not differences(found, expected)
+
+
+def test_strided_parameters_share_calls_and_a_failure_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as fit in the room for copies together; versions count what was written before a call failed."""
+    monkeypatch.setattr(roster, "_COPIED", 4 * 2 * 3 * 6000)
+    params = [Parameter(_transposed(normal((60, 100), i))) for i in range(7)]
+    optimizer = a8multi.AdamW8bit(params, lr=1e-2)
+    calls: list[int] = []
+
+    class Failing:
+        name = "torch"
+
+        def elementwise(self, plan: Any, hypers: Any) -> None:
+            calls.append(len(plan.items))
+            if len(calls) == 6:
+                raise RuntimeError("the device is gone")
+            with torch.no_grad():
+                for item in plan.items:
+                    item.param.add_(1.0)
+
+    monkeypatch.setattr(optimizer, "_backend", lambda device: Failing())
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert calls == [3, 3, 1]
+    versions = [param._version for param in params]
+    with pytest.raises(RuntimeError, match="device is gone"):
+        optimizer.step()
+    assert all(param._version > before for param, before in zip(params, versions, strict=True))
+    assert [float((p.detach() - normal((60, 100), i)).round().mean()) for i, p in enumerate(params)] == [2.0] * 6 + [
+        1.0
+    ]
 
 
 def test_a_view_writes_into_its_base(backend: Any) -> None:
