@@ -23,7 +23,7 @@ from a8multi.plan import Live, StepPlan
 from a8multi.plan.step_plan import DTYPES, has_norm
 from a8multi.quant.formats import StateFormat
 
-from . import marshal
+from . import marshal, streams
 from .base import BackendReport
 from .native import require_cuda
 
@@ -125,8 +125,8 @@ class CupyBackend:
 
     @contextmanager
     def _on(self, device: torch.device) -> Iterator[None]:
-        pointer = torch.cuda.current_stream(device).cuda_stream
-        with self._cupy.cuda.Device(device.index):
+        pointer = streams.current(device)
+        with streams.on(device), self._cupy.cuda.Device(device.index):
             if hasattr(self._cupy.cuda.Stream, "from_external"):
                 stream = self._cupy.cuda.Stream.from_external(_TorchStream(pointer))
             else:  # CuPy < 14

@@ -12,6 +12,8 @@ from a8multi.plan.schedule import SCHEDULE
 from a8multi.plan.step_plan import DTYPES
 from a8multi.quant.formats import StateFormat
 
+from .streams import Followed
+
 _ALIGNMENT = 256  # of a table in device memory, bytes
 
 
@@ -32,6 +34,7 @@ def batch_of(plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> tu
         else:
             if plan.device_tables is None:
                 plan.device_tables = _DeviceTables()
+            plan.device_tables.follow(plan)
             at = plan.device_tables.updated(plan, tables)
             if live is not None and len(schedules):
                 live.staged_bytes += _starts_of(tables)[1]
@@ -101,6 +104,12 @@ class _DeviceTables:
         self._starts: list[int] = []
         self._addresses: list[int | None] = []
         self._memory: Tensor | None = None
+        self._followed = Followed()
+
+    def follow(self, plan: StepPlan) -> None:
+        """The tables and the plan's scratch are used on the current stream from now on."""
+        scratch = vars(plan).get("scratch")  # if it has been made
+        self._followed.use(plan.device, [one for one in (self._memory, scratch) if one is not None])
 
     def updated(self, plan: StepPlan, tables: list[np.ndarray]) -> list[int | None]:
         """Addresses of the five tables, None for an empty one, after copying what is not up to date."""

@@ -16,7 +16,7 @@ from a8multi.plan import Live, StepPlan
 from a8multi.plan.step_plan import DTYPES, has_norm
 from a8multi.quant.formats import StateFormat
 
-from . import marshal
+from . import marshal, streams
 from .base import BackendReport
 
 _SCHEDULES = ctypes.POINTER(structs.Schedule)
@@ -73,14 +73,15 @@ class NativeBackend:
 
     def _call(self, entry: str, device: torch.device, *arguments: Any, scratch: Any = None) -> None:
         where = structs.Exec(threads=torch.get_num_threads())
-        if device.type == "cuda":
-            where.device = device.index
-            where.stream = _stream(device)
-        else:
-            where.isa = self._isa()
         if scratch is not None:
             where.scratch, where.scratch_bytes = scratch.data_ptr(), scratch.numel() * 4
-        self.library.call(entry, ctypes.byref(where), *arguments)
+        if device.type == "cuda":
+            where.device, where.stream = device.index, streams.current(device)
+            with streams.on(device):
+                self.library.call(entry, ctypes.byref(where), *arguments)
+        else:
+            where.isa = self._isa()
+            self.library.call(entry, ctypes.byref(where), *arguments)
         self.isa_ran = structs.Isa(where.isa_ran).name.lower() if where.isa_ran else None
 
     def _step(
@@ -141,17 +142,6 @@ class NativeBackend:
     def dequantize(self, codes: Tensor, blocks: Tensor, values: Tensor, fmt: StateFormat, block_size: int) -> None:
         codec = marshal.codec_of(values, codes, blocks, fmt, block_size)
         self._call("a8_dequantize", values.device, ctypes.byref(codec))
-
-
-# What torch.compile asks for the stream: an integer at once, where the public way makes an object first.
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-
-
-def _stream(device: torch.device) -> int:
-    """Address of torch's current stream of a device."""
-    if _raw_stream is not None and device.index is not None:
-        return int(_raw_stream(device.index))
-    return int(torch.cuda.current_stream(device).cuda_stream)
 
 
 def require_cuda() -> None:

@@ -7,12 +7,14 @@ checks the inputs, keeps the plans, calls the backend and counts the steps. Stat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from a8multi.backend import streams
 from a8multi.backend.base import Backend
 from a8multi.backend.registry import backend_for
 from a8multi.errors import StateFormatError
@@ -158,7 +160,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
             RuntimeError: the step is being captured in a CUDA graph, and a group is not ``capturable``, no step has
                 run since the optimizer was built or loaded, or a parameter has no state yet.
         """
-        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        capturing = self._is_captured()
         if capturing:
             self._check_capturable()
         loss = None
@@ -179,6 +181,14 @@ class LowBitOptimizer(torch.optim.Optimizer):
         return loss
 
     # --- One step. ---
+
+    def _is_captured(self) -> bool:
+        """Whether the stream of the parameters' device is being captured in a CUDA graph."""
+        if not torch.cuda.is_initialized():
+            return False
+        device = next((param.device for group in self.param_groups for param in group["params"]), None)
+        with streams.on(device) if device is not None and device.type == "cuda" else nullcontext():
+            return torch.cuda.is_current_stream_capturing()
 
     def _check_capturable(self) -> None:
         for where, group in enumerate(self.param_groups):
@@ -221,6 +231,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
         for device, work in roster.works.items():
             work.native = self._backend(device).name != "torch"
         for work in roster.works.values():
+            self._check_states(work)
+        for work in roster.works.values():
             self._plan(work, capturing)
         roster.remember()
         return roster
@@ -254,6 +266,14 @@ class LowBitOptimizer(torch.optim.Optimizer):
     def _backend(self, device: torch.device) -> Backend:
         return backend_for(device, self._op)
 
+    def _check_states(self, work: Work) -> None:
+        """Raise StateFormatError for a state that cannot be brought into its group's formats; nothing is written."""
+        for number, state, group, param in zip(work.numbers, work.states, work.groups, work.params, strict=True):
+            try:
+                state_of.check(state, param, self._moments(group, param))
+            except StateFormatError as error:
+                raise StateFormatError(f"{self._name(number)}: {error}") from None
+
     def _plan(self, work: Work, capturing: bool) -> None:
         """Make the states of all parameters, or bring them into their groups' formats, and plan the contiguous ones."""
         formats = [self._moments(group, param) for group, param in zip(work.groups, work.params, strict=True)]
@@ -268,11 +288,6 @@ class LowBitOptimizer(torch.optim.Optimizer):
                         f"{self._name(number)} is not there yet, or not in the group's format. Take a step with the "
                         f"same gradients present before the capture"
                     )
-        for number, (state, param, moments, _) in zip(work.numbers, arguments, strict=True):
-            try:
-                state_of.check(state, param, moments)
-            except StateFormatError as error:
-                raise StateFormatError(f"{self._name(number)}: {error}") from None
         for each in arguments:
             state_of.ensure(*each)
         for param, state in zip(work.params, work.states, strict=True):

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from a8multi.backend.base import Backend
+from a8multi.errors import StateFormatError
 from a8multi.loader.structs import Flag, ScheduleRule
 from a8multi.plan import Moments, MomentSpec, Schedule, matrix_shape
 
 from .base import LowBitOptimizer
-from .checks import check_flag, check_number
+from .checks import check_number
 from .elementwise import averages, moment_spec
 from .hypers import hypers_of
 from .projection import Drawn, Projection, Projector, Table, Tables
@@ -33,24 +36,39 @@ class ProjectedOptimizer(LowBitOptimizer):
 
     # A Projector's.
     _plan_options = ("seed", "apollo_scale", "apollo_scale_type", "apollo_update_proj_gap")
+    # Options of the groups that the constructor of a subclass calls otherwise, and how: for messages.
+    _named: ClassVar[Mapping[str, str]] = {}
+    _has_warned = False
+    # To which rank the state of each parameter was projected, as far as this optimizer has stepped; 0: not at all.
+    _ranks: dict[Tensor, int]
+
+    def __init__(self, params: Iterable[Any], defaults: Group) -> None:
+        super().__init__(params, defaults)
+        self._ranks = {}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        super().__setstate__(saved)
+        self._ranks = {}
+
+    def _name_of(self, option: str) -> str:
+        return self._named.get(option, option)
 
     def _check_apollo(self, group: Group) -> None:
-        for name, least in (("apollo_rank", 0), ("apollo_update_proj_gap", 1)):
-            if not isinstance(group[name], int) or isinstance(group[name], bool) or group[name] < least:
-                raise ValueError(f"{name} must be an integer >= {least}, not {group[name]!r}")
+        for option, least in (("apollo_rank", 0), ("apollo_update_proj_gap", 1)):
+            value = group[option]
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{self._name_of(option)} must be an integer >= {least}, not {value!r}")
         if group["apollo_scale_type"] not in _SCALE_TYPES:
             raise ValueError(
-                f"apollo_scale_type must be one of {', '.join(_SCALE_TYPES)}, not {group['apollo_scale_type']!r}"
+                f"{self._name_of('apollo_scale_type')} must be one of {', '.join(_SCALE_TYPES)}, not "
+                f"{group['apollo_scale_type']!r}"
             )
-        check_number("apollo_eps", group["apollo_eps"], 0.0, least_open=True)
-        check_number("apollo_scale", group["apollo_scale"], 0.0, least_open=True)
-        check_flag("apollo_factorize", group["apollo_factorize"])
-        if not group["apollo_rank"]:
-            return
-        if group["beta3"] is not None:
+        for option in ("apollo_eps", "apollo_scale"):
+            check_number(self._name_of(option), group[option], 0.0, least_open=True)
+        if group["apollo_rank"] and group["beta3"] is not None:
             raise ValueError(
-                f"beta3={group['beta3']!r} and apollo_rank={group['apollo_rank']!r} exclude each other: CAME needs the "
-                f"whole gradient's statistics"
+                f"beta3={group['beta3']!r} and {self._name_of('apollo_rank')}={group['apollo_rank']!r} exclude each "
+                f"other: CAME needs the whole gradient's statistics"
             )
 
     def _is_projected(self, group: Group, param: Tensor) -> bool:
@@ -78,7 +96,7 @@ class ProjectedOptimizer(LowBitOptimizer):
         if not group["apollo_factorize"]:
             name = "log8" if group["quantize"] else "fp32"
             second = moment_spec(name, group["block_size"], shape.numel(), group["min_8bit_size"])
-        return Moments(first, second, limiter=True, shape=shape)
+        return Moments(first, second, limiter=group["enable_fira_for_apollo"], shape=shape)
 
     # --- Hyper-parameters. ---
 
@@ -108,8 +126,27 @@ class ProjectedOptimizer(LowBitOptimizer):
 
     # --- One step. ---
 
+    def _rank(self, group: Group, param: Tensor) -> int:
+        return self._projector(group, param.shape).rank if self._is_projected(group, param) else 0
+
+    def _check_states(self, work: Work) -> None:
+        # First: moments of one rank may have the shapes of another's.
+        for number, state, group, param in zip(work.numbers, work.states, work.groups, work.params, strict=True):
+            rank = self._rank(group, param)
+            before = self._ranks.get(param, rank) if state else rank
+            if before != rank:
+                raise StateFormatError(
+                    f"{self._name(number)} of shape {tuple(param.shape)}: apollo_rank was {before} and is {rank} now, "
+                    f"but its moments are those of the gradient projected to {before or 'no'} rank. Set it back, or "
+                    f"delete the parameter's entry of optimizer.state to start them anew"
+                )
+        super()._check_states(work)
+
     def _plan(self, work: Work, capturing: bool) -> None:
         super()._plan(work, capturing)
+        self._ranks.update(
+            (param, self._rank(group, param)) for group, param in zip(work.groups, work.params, strict=True)
+        )
         work.projection, work.drawn = None, Drawn()
         self._warn_of_rank(work)
 
@@ -128,10 +165,12 @@ class ProjectedOptimizer(LowBitOptimizer):
             for i in work.projected
             if work.groups[i]["apollo_rank"] > min(matrix_shape(work.params[i].shape))
         }
-        if ranks:
+        if ranks and not self._has_warned:
+            self._has_warned = True
             warnings.warn(
-                f"apollo_rank={max(ranks)} is above the smaller dimension of some matrices: there it is lowered to it",
-                stacklevel=4,
+                f"{self._name_of('apollo_rank')}={max(ranks)} is above the smaller dimension of some matrices: there "
+                f"it is lowered to it",
+                stacklevel=_levels_to_user(),
             )
 
     def _tables(self, work: Work, capturing: bool, skip: Tensor | None) -> Table:
@@ -198,6 +237,14 @@ class _Projecting:
         """The projected parameters that have no place in the projection."""
         planned = self.projection.members if self.projection is not None else []
         return [] if len(planned) == len(work.projected) else sorted({*work.projected} - {*planned})
+
+
+def _levels_to_user() -> int:
+    """``stacklevel`` for the caller's warning to point at the first line outside of this package and torch."""
+    levels, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("a8multi", "torch"):
+        levels, frame = levels + 1, frame.f_back
+    return levels
 
 
 def _steps_taken(work: Work) -> list[int | Tensor]:

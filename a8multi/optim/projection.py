@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from a8multi.backend.base import Backend
+from a8multi.backend.streams import Followed
 from a8multi.loader.structs import BatchHint, RuleKind
 from a8multi.plan import Item, Live, Moments, MomentSpec, StepPlan
 from a8multi.plan.step_plan import HYPER
@@ -35,7 +36,6 @@ from .roster import Work
 _SHARE, _LEAST = 8, 1 << 23
 _ALIGNMENT = 64
 _FACTORED = Moments(second=MomentSpec(None))
-_LIMITED = replace(_FACTORED, limiter=True)
 # For plans whose phases read none.
 _NO_HYPERS = np.zeros(1, HYPER)
 
@@ -138,6 +138,9 @@ class Drawn:
         self._kept[key] = matrix, taken
         return matrix
 
+    def matrices(self) -> list[Tensor]:
+        return [matrix for matrix, _ in self._kept.values()]
+
 
 def _in_waves(sizes: Sequence[int]) -> list[list[int]]:
     """Which matrices go together, by the room that their projected gradients need."""
@@ -178,13 +181,14 @@ class Projection:
         room = max(sum(sizes[i] for i in wave) for wave in waves)
         low = {dtype: torch.empty(room, dtype=dtype, device=device) for dtype in {_low_dtype(item) for item in items}}
         updates = torch.empty(room, device=device)
+        self._room, self._followed = [*low.values(), updates], Followed()
         self._waves: list[tuple[list[int], _Wave]] = []
         for wave in waves:
             parts = [items[i] for i in wave], [projectors[i] for i in wave]
             self._waves.append((wave, _Wave(device, *parts, low, updates)))
         none = torch.zeros(1, device=device)
-        limited = [_matrix(item, none, p.rows, p.cols) for item, p in zip(items, projectors, strict=True)]
-        self._main = StepPlan(device, [replace(item, moments=_LIMITED) for item in limited])
+        matrices = [_matrix(item, none, p.rows, p.cols) for item, p in zip(items, projectors, strict=True)]
+        self._main = StepPlan(device, matrices)
         self._places = [p.side_of(factors) for p, factors in zip(projectors, self._main.factors, strict=True)]
 
     def screen(self, backend: Backend, work: Work, scale: Tensor | None, found: Tensor, tables: Tables) -> None:
@@ -200,6 +204,8 @@ class Projection:
         steps = [tables.taken[work.rows[i]] for i in self.members]
         grads = [work.grads[i].contiguous() for i in self.members]
         skip = work.plan.skip
+        if work.device.type == "cuda":
+            self._followed.use(work.device, [*self._room, *drawn.matrices()])
         for wave, plans in self._waves:
             plans.run(backend, [grads[i] for i in wave], [steps[i] for i in wave], drawn, tables.low, skip)
         self._put_scales()
@@ -231,7 +237,8 @@ def _low_dtype(item: Item) -> torch.dtype:
 
 def _matrix(item: Item, none: Tensor, rows: int, cols: int) -> Item:
     """The item as a matrix without moments of its own. none: where a plan wants means that its phases do not touch."""
-    means = replace(item, moments=_FACTORED, rows=rows, cols=cols, second=none, second_block=none)
+    moments = replace(_FACTORED, limiter=item.limiter is not None)
+    means = replace(item, moments=moments, rows=rows, cols=cols, second=none, second_block=none)
     return replace(means, first=None, first_block=None)
 
 

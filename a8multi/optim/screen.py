@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from a8multi.backend.streams import Followed
+
 
 class Screen:
     """The flags and the number of steps that were skipped.
@@ -22,6 +24,7 @@ class Screen:
         self.found: dict[torch.device, Tensor] = {}
         self._flags: dict[torch.device, Tensor] = {}
         self._skipped: dict[torch.device, Tensor] = {}
+        self._followed: dict[torch.device, Followed] = {}
 
     def prepare(self, devices: Iterable[torch.device]) -> None:
         """For a step of parameters on these devices, not the same ones in each step."""
@@ -30,7 +33,10 @@ class Screen:
             if device not in self._flags:
                 self._flags[device] = torch.zeros((), device=device)
                 self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
+                self._followed[device] = Followed()
             self.found[device] = self._flags[device]
+            if device.type == "cuda":
+                self._followed[device].use(device, (self._flags[device], self._skipped[device]))
 
     def begin(self, found: Tensor | None) -> None:
         """Clear the flags, or begin with what GradScaler has found."""

@@ -6,9 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from optim.helpers import EDGE_SHAPES, TILE_SHAPE, assert_within, code_spacing, decoded, gradients, parameters, raw, run
+from optim.helpers import (
+    EDGE_SHAPES,
+    TILE_SHAPE,
+    assert_within,
+    code_spacing,
+    decoded,
+    differences,
+    gradients,
+    parameters,
+    raw,
+    run,
+    snapshot,
+)
 
 import a8multi
+from a8multi.errors import StateFormatError
 from a8multi.plan import matrix_shape
 
 SHAPES = ((4097,), (65, 300), (129,), (20, 15, 16))
@@ -154,3 +167,21 @@ def test_parameters_of_every_shape_are_converted(backend: Any) -> None:
             param.grad = grad
         optimizer.step()
     assert all(p.isfinite().all() for p in params)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 64), (64, 0), (4, 8)])
+def test_another_rank_is_refused_before_anything_is_written(before: int, after: int) -> None:
+    """Rank 64 of 64 rows: the projected moments have the shape of the parameter."""
+    params = parameters([(128, 96), (64, 96)])
+    groups = [{"params": params[:1]}, {"params": params[1:], "apollo_rank": before}]
+    optimizer = a8multi.Adafactor8bit(groups, beta1=0.9, factored=False)
+    run(optimizer, params, range(2))
+    saved = snapshot(optimizer, params)
+    optimizer.param_groups[0]["quantize"] = False
+    optimizer.param_groups[1]["apollo_rank"] = after
+    with pytest.raises(StateFormatError, match=rf"\[1\].* apollo_rank was {before} and is {after} now"):
+        run(optimizer, params, range(2, 3))
+    assert not differences(snapshot(optimizer, params), saved)
+    del optimizer.state[params[1]]
+    run(optimizer, params, range(2, 3))
+    assert optimizer.state[params[1]]["step"] == 1

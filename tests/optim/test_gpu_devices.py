@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -88,6 +91,58 @@ def test_devices_that_are_not_the_current_one(backend: BackendCase, make: Callab
             apply(optimizer, params, gradients(params, step))
             assert torch.cuda.current_device() == 0
         assert not differences(snapshot(optimizer, params), expected), devices
+
+
+# Steps of optimizers, eager and captured, on the second device alone.
+_ON_THE_SECOND = """
+import sys, torch, a8multi
+param = torch.nn.Parameter(torch.randn(65, 300, device="cuda:1"))
+param.grad = torch.randn_like(param)
+for make in (a8multi.AdamW8bit, a8multi.LAMB8bit, lambda p, **o: a8multi.Adafactor8bit(p, beta1=0.9, **o)):
+    optimizer = make([param], capturable=True)
+    for _ in range(2):
+        optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(1):
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        graph.replay()
+    torch.cuda.synchronize(1)
+    assert int(optimizer.state[param]["step"]) == 3
+assert torch._C._cuda_hasPrimaryContext(1)
+sys.exit(torch._C._cuda_hasPrimaryContext(0))
+"""
+
+
+def test_a_device_that_nobody_uses_is_not_started(backend: BackendCase) -> None:
+    """It would take some hundred MB there."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    environment = {**os.environ, "A8MULTI_BACKEND": backend.name}
+    run = subprocess.run([sys.executable, "-c", _ON_THE_SECOND], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@makes
+def test_steps_on_changing_streams(backend: BackendCase, make: Callable[..., Any]) -> None:
+    """Tables that one stream still reads are not handed to the next allocation of the one that they were made on."""
+    params = parameters(SHAPES, device=backend.device)
+    optimizer = make(params)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for step in range(6):
+        stream, before = streams[step % 2], streams[(step + 1) % 2]
+        stream.wait_stream(torch.cuda.current_stream() if step == 0 else before)
+        with torch.cuda.stream(stream):
+            grads = gradients(params, step)
+            torch.cuda._sleep(A_WHILE // 10)
+            apply(optimizer, params, grads)
+            if step % 3 == 2:
+                optimizer._roster = None  # the plan is made anew, and the memory of the old one is free
+        with torch.cuda.stream(before):
+            scribbled = [torch.full((size,), 255, dtype=torch.uint8, device=backend.device) for size in (512, 4096) * 9]
+            del scribbled
+    torch.cuda.synchronize()
+    assert not differences(snapshot(optimizer, params), _on_the_cpu(make, steps=6))
 
 
 @makes
