@@ -1,5 +1,6 @@
 // Compares native/cuda/kernels/exact.cuh with the compiler's correctly rounded operations on this device: square root,
-// its reciprocal, reciprocals and division by 127 for every float of their ranges, division for 2^33 random pairs. Run by bench/gpu.sh.
+// its reciprocal, reciprocals and division by 127 for every float of their ranges, division for 2^33 random pairs. Run
+// by bench/gpu.sh.
 #include <cstdio>
 
 #include "adam_fast.cuh"
@@ -50,17 +51,19 @@ __global__ void compare(int operation, unsigned long long count, unsigned long l
   if (mine) atomicAdd(wrong, mine);
 }
 
+static bool failed(cudaError_t error) {
+  if (error != cudaSuccess) printf("gpu_exact: %s\n", cudaGetErrorString(error));
+  return error != cudaSuccess;
+}
+
 int main() {
   const unsigned long long counts[] = {200ull << 23, 200ull << 23, 1ull << 23, 200ull << 23, 200ull << 23, 1ull << 33};
   unsigned long long *wrong, host[kOperations];
-  if (cudaMalloc(&wrong, sizeof host) != cudaSuccess || cudaMemset(wrong, 0, sizeof host) != cudaSuccess) return 2;
+  if (failed(cudaMalloc(&wrong, sizeof host)) || failed(cudaMemset(wrong, 0, sizeof host))) return 2;
   for (int operation = 0; operation < kOperations; ++operation)
     compare<<<2048, 256>>>(operation, counts[operation], wrong + operation);
-  cudaError_t error = cudaMemcpy(host, wrong, sizeof host, cudaMemcpyDeviceToHost);
-  if (error != cudaSuccess) {
-    printf("gpu_exact: %s\n", cudaGetErrorString(error));
-    return 2;
-  }
+  // The first is of a launch that did not happen, which no later call reports.
+  if (failed(cudaGetLastError()) || failed(cudaMemcpy(host, wrong, sizeof host, cudaMemcpyDeviceToHost))) return 2;
   int status = 0;
   for (int operation = 0; operation < kOperations; ++operation) {
     printf("exact %-10s %llu wrong of %llu\n", kNames[operation], host[operation], counts[operation]);

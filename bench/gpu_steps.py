@@ -1,12 +1,13 @@
 """What a step of every optimizer costs on a GPU: its kernels, its host time, its first step, its memory.
 
-    python bench/gpu_steps.py [--only NAME ...] [--sets SET/DTYPE ...] [--json FILE]
+    python bench/gpu_steps.py [--only NAME ...] [--sets SET/DTYPE ...] [--json FILE] [--compiling FILE]
 
 kernels: device time of a step whose launches were all queued while the device was kept waiting, so that no host time
 is in it. host: until step() returns. alone: a step from an idle device to an idle device, as `a8multi bench` has it.
 graph: the same of a step that was captured in a CUDA graph, of our optimizers. first: from the constructor to the end
-of the first step. Medians, milliseconds; memory in bytes. copy: bytes a second, read and written, of a plain copy, for
-the floors.
+of the first step; first_compiling: the same in an earlier process, which had to compile (--compiling). Medians,
+milliseconds; memory in bytes. copy: bytes a second, read and written, of a plain copy, for the floors. backend: what
+ran ours. commit: A8_COMMIT of the environment.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import gc
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from typing import Any
 
 import torch
 
+from a8multi import backend_for
 from a8multi.cli.bench import make_parameters, time_step
 from a8multi.cli.candidates import CANDIDATES, REFERENCE, Candidate
 from a8multi.cli.parameter_sets import PARAMETER_SETS
@@ -109,25 +112,32 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=["a8multi*", REFERENCE.name], help="names; * stands for anything")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--compiling", type=Path, help="the --json of an earlier run that found nothing compiled")
     options = parser.parse_args()
+    compiling = json.loads(options.compiling.read_text(encoding="utf-8"))["sets"] if options.compiling else {}
+    device = torch.device("cuda", torch.cuda.current_device())
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": os.environ.get("A8_COMMIT") or None,
+        "backend": ", ".join(sorted({backend_for(device, op).name for op in ("elementwise", "adafactor")})),
         "versions": versions(),
         "copy": copy_bandwidth(),
         "sets": {},
     }
     torch.cuda.empty_cache()
-    print(f"{result['device']}, copy {result['copy'] / 1e12:.2f} TB/s")
+    print(f"{result['device']}, copy {result['copy'] / 1e12:.2f} TB/s, backend {result['backend']}")
     chosen = [c for c in (REFERENCE, *CANDIDATES) if any(fnmatchcase(c.name, name) for name in options.only)]
     for name in options.sets:
         shapes, dtype = PARAMETER_SETS[name.split("/")[0]](), DTYPES[name.split("/")[1]]
-        parameters = make_parameters(shapes, torch.device("cuda", torch.cuda.current_device()), dtype, seed=0)
+        parameters = make_parameters(shapes, device, dtype, seed=0)
         print(f"{name}: {len(shapes)} tensors, {sum(map(math.prod, shapes)) / 1e6:.1f} M parameters")
         rows = result["sets"][name] = {}
         for candidate in chosen:
             rows[candidate.name] = row = measure(candidate, parameters)
             gc.collect()  # of the optimizer just timed, before the next takes its memory
+            if earlier := compiling.get(name, {}).get(candidate.name):
+                row["first_compiling_ms"] = earlier["first_ms"]
             times = (f"{key[:-3]} {row[key]:8.3f}" for key in row if key.endswith("_ms"))
             print(f"  {candidate.name:38}", *times, flush=True)
         del parameters

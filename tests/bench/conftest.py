@@ -31,8 +31,3 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_bytes(b"".join(b"line %d: the quick brown fox jumps over it\n" % number for number in range(500)))
     return path
-
-
-def require_cuda() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device")

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import require_cuda
-
 # Two of its tensors have 4096 elements or more: their state is quantised, and they are what is counted.
 TINY_MODEL = "--threads 1 --width 40 --layers 1 --heads 2 --context 16 --batch-size 4"
 TINY_COUNTED = 256 * 40 + 40 * 120 + 2 * 40 * 160
@@ -128,9 +126,9 @@ def test_reference_is_the_same_rule(measure: Measure, family: str) -> None:
         assert (1e-4 < row["errors"]["2"] < 0.4) if quantised else (row["errors"]["2"] == 0), row
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.usefixtures("backend")
 def test_cuda(measure: Measure, tmp_path: Path) -> None:
-    require_cuda()
     options = ["--device", "cuda", "--only", "a8multi*", "--report-at", 1, 6, "--resume", tmp_path / "checkpoint.pt"]
     measure(*options, "--steps", 3)
     status, result = measure(*options)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import require_cuda
+import a8multi
 
 TINY = "--threads 1 --width 40 --layers 1 --heads 2 --context 16 --batch-size 4 --warmup 1"
 
@@ -191,11 +191,11 @@ def test_merge_refuses(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.usefixtures("backend")
 # Known of captured modules: gradients are handed over on the stream of the capture, which costs time only.
 @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
 def test_cuda(measure: Measure) -> None:
-    require_cuda()
     names = ("a8multi AdamW8bit", "a8multi AdamW8bit, m and v fp32")
     status, result = measure("--device", "cuda", "--steps", 25, "--seeds", 2, "--only", *names)
     assert status == 0
@@ -205,7 +205,8 @@ def test_cuda(measure: Measure) -> None:
     assert all(run["validation_loss"] < 4.5 < 5 < run["curve"][0] for run in ours["runs"])
     assert abs(same["difference"]) < 1e-3
     # The steps of a captured model train it as on the CPU.
-    _, on_cpu = measure("--steps", 25, "--seeds", 2, "--only", *names)
+    with a8multi.use_backend("auto"):
+        _, on_cpu = measure("--steps", 25, "--seeds", 2, "--only", *names)
     assert [row["mean"] for row in result["rows"]] == pytest.approx([row["mean"] for row in on_cpu["rows"]], abs=5e-3)
 
 
