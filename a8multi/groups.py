@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from a8multi import optim
+from a8multi.optim import apollo
 
 # Preset -> the optimizer of a8multi that the groups are for, whose options they may hold.
 PRESETS = {
@@ -124,9 +125,8 @@ def build_param_groups(
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}")
     # An optimizer of nothing: knows its options, and judges them.
     judge = getattr(optim, PRESETS[preset])([_nothing()], lr=0.0)
-    overrides = overrides or {}
     tensors = _tensors(model)
-    _check_overrides(overrides, judge, tensors)
+    kept = _checked_overrides(overrides or {}, preset, judge, tensors)
     safe = {name: value for name, value in _SAFE.items() if name in judge.defaults}
     usual = {} if weight_decay is None else {"weight_decay": weight_decay}
 
@@ -137,7 +137,7 @@ def build_param_groups(
             continue
         role, reason = _role(tensor)
         options = dict(usual if role == "matrix" else safe)
-        for pattern, wanted in overrides.items():
+        for pattern, wanted in kept.items():
             if _matches(pattern, tensor):
                 options.update(wanted)
                 reason += f" + {pattern!r}"
@@ -224,7 +224,13 @@ def _and_modules(name: str) -> Iterable[str]:
         name = name.rpartition(".")[0]
 
 
-def _check_overrides(overrides: Any, judge: torch.optim.Optimizer, tensors: list[_Tensor]) -> None:
+def _checked_overrides(
+    overrides: Any, preset: str, judge: torch.optim.Optimizer, tensors: list[_Tensor]
+) -> dict[str, dict[str, Any]]:
+    """The overrides with the names of options that groups have."""
+    aliases = apollo.NAMES if preset == "apollo" else ()
+    in_groups = apollo.in_groups if preset == "apollo" else dict
+    kept: dict[str, dict[str, Any]] = {}
     if not isinstance(overrides, Mapping):
         raise TypeError(f"overrides must map patterns to options, not {type(overrides).__name__}")
     for pattern, options in overrides.items():
@@ -238,11 +244,16 @@ def _check_overrides(overrides: Any, judge: torch.optim.Optimizer, tensors: list
                 f"{', '.join(close) or 'none, the model has no parameters'}. See model.named_parameters()"
             )
         for option in options:
-            if option not in judge.defaults:
+            if option not in judge.defaults and option not in aliases:
                 raise ValueError(
                     f"overrides[{pattern!r}]: {type(judge).__name__} has no option {option!r} of groups; it has "
-                    f"{', '.join(judge.defaults)}"
+                    f"{', '.join(dict.fromkeys((*aliases, *judge.defaults)))}"
                 )
+        try:
+            kept[pattern] = in_groups(options)
+        except ValueError as error:
+            raise ValueError(f"overrides[{pattern!r}]: {error}") from error
+    return kept
 
 
 def _judge(options: dict[str, Any], judge: torch.optim.Optimizer, what: str) -> None:

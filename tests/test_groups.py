@@ -254,3 +254,49 @@ def test_other_wrong_arguments() -> None:
     wrong: Any = [Tensor()]
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, not list"):
         a8multi.build_param_groups(wrong)
+
+
+# --- APOLLO8bit, whose groups keep options under Adafactor8bit's names. ---
+
+
+def test_overrides_of_apollo_have_the_names_of_its_constructor_or_of_its_groups() -> None:
+    overrides = {
+        "layers.0.proj": {"rank": 4, "betas": [0.8, 0.9], "eps": 1e-6, "scale_type": "tensor"},
+        "layers.1.proj": {"apollo_rank": 3, "enable_fira": False},
+        "embed_tokens": {"rank": 2},
+        # The later one wins, whichever of the two names it has.
+        "layers.1.output": {"rank": 7},
+        "layers.1.output.weight": {"apollo_rank": 5},
+    }
+    model = Model()
+    groups = a8multi.build_param_groups(model, "apollo", overrides=overrides)
+    found = by_name(groups)
+    assert found["layers.0.proj.weight"] == {
+        "apollo_rank": 4, "beta1": 0.8, "beta2": 0.9, "eps": (1e-6, 0.0), "apollo_eps": 1e-6,
+        "apollo_scale_type": "tensor",
+    }  # fmt: skip
+    assert found["layers.1.proj.weight"] == {"apollo_rank": 3, "enable_fira_for_apollo": False}
+    assert found["layers.1.output.weight"] == {"apollo_rank": 5}
+    assert found["embed_tokens.weight"]["apollo_rank"] == 2
+    assert found["vocabulary.weight"]["apollo_rank"] == 0
+    optimizer = a8multi.APOLLO8bit(groups, rank=16)
+    ranks = {name: group["apollo_rank"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert (ranks["layers.0.proj.weight"], ranks["layers.0.output.weight"]) == (4, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rank": -1}, ["lm_head.weight", ": rank must be an integer"]),
+        ({"betas": [0.9]}, [r"overrides\['lm_head'\]: betas must be two numbers"]),
+        ({"betas": [0.9, None]}, [r"overrides\['lm_head'\]: betas\[1\] must be"]),
+        ({"eps": 0.0}, [r"overrides\['lm_head'\]: eps must be"]),
+        ({"ranks": 4}, ["APOLLO8bit has no option 'ranks'", " rank, update_proj_gap, ", "apollo_rank"]),
+    ],
+)
+def test_wrong_overrides_of_apollo(options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError, match="(?s)" + ".*".join(words)):
+        a8multi.build_param_groups(Model(), "apollo", overrides={"lm_head": options})
+    if "rank" in options:  # no other optimizer has it
+        with pytest.raises(ValueError, match="Adafactor8bit has no option 'rank'"):
+            a8multi.build_param_groups(Model(), "adafactor", overrides={"lm_head": options})

@@ -16,7 +16,7 @@ from a8multi.plan import Moments, MomentSpec
 from a8multi.quant.formats import FORMATS
 
 from . import from_adafactor8bit, from_bitsandbytes, from_torch, from_torchao
-from .held import Factors, Fields, Held, Options, Place
+from .held import INTACT, Factors, Fields, Held, Options, Place, as_number
 
 _SOURCES = {
     "torch": from_torch,
@@ -25,6 +25,13 @@ _SOURCES = {
     "adafactor8bit": from_adafactor8bit,
 }
 _SLOTS = ("first", "second", "third")
+# Options that the groups of one package alone have.
+_MARKS = {
+    "stochastic_rounding": "a8multi",
+    "foreach": "torch",
+    "t_beta3": "bitsandbytes",
+    "m_block_size": "adafactor8bit",
+}
 
 
 def convert_state_dict(state_dict: Mapping[str, Any], source: str, *, optimizer: LowBitOptimizer) -> dict[str, Any]:
@@ -55,7 +62,8 @@ def convert_state_dict(state_dict: Mapping[str, Any], source: str, *, optimizer:
     Raises:
         StateFormatError: something cannot be carried over. Names parameter and key, why, and what to do. So are refused
             amsgrad, percentile clipping, APOLLO's projections, sparse and distributed tensors, the LARS of bitsandbytes
-            (its momentum is not scaled), and every entry that is not known: nothing is lost silently.
+            (its momentum is not scaled), a state dict of another package, options that are not there, moments that are
+            not finite, and every entry that is not known: nothing is lost silently.
         TypeError, ValueError: an argument is not valid.
 
     A tensor of more than two dimensions that torch or adafactor8bit have factored is factored otherwise here (see
@@ -80,6 +88,7 @@ def convert_state_dict(state_dict: Mapping[str, Any], source: str, *, optimizer:
     with torch.no_grad():
         for where, (saved, own) in enumerate(zip(saved_groups, optimizer.param_groups, strict=True)):
             place = Place(source, f"param_groups[{where}]")
+            _check_source(saved, source, place)
             options = _SOURCES[source].options(saved, _kind(optimizer), place)
             numbers = list(range(number, number + len(own["params"])))
             number += len(numbers)
@@ -119,14 +128,33 @@ def _groups_of(state_dict: Mapping[str, Any], source: str, optimizer: LowBitOpti
             f"{', '.join(map(repr, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__}. "
             f"Pass what state_dict() of an optimizer gave"
         )
-    saved: list[dict[str, Any]] = list(state_dict["param_groups"])
+    whole, state, saved = Place(source, "state dict"), state_dict["state"], state_dict["param_groups"]
+    for name, value, kind in (("state", state, Mapping), ("param_groups", saved, (list, tuple))):
+        if not isinstance(value, kind):
+            raise whole.error(name, f"is a {type(value).__name__}", INTACT)
+    for key, value in state.items():
+        if not isinstance(value, Mapping):
+            raise whole.error(f"state[{key!r}]", f"is a {type(value).__name__}", INTACT)
+    for where, group in enumerate(saved):
+        if not isinstance(group, Mapping):
+            raise whole.error(f"param_groups[{where}]", f"is a {type(group).__name__}", INTACT)
+        params = Place(source, f"param_groups[{where}]").required(group, ("params",))["params"]
+        if not isinstance(params, (list, tuple)):
+            raise whole.error(f"param_groups[{where}]['params']", f"is a {type(params).__name__}", INTACT)
     sizes, own = ([len(group["params"]) for group in groups] for groups in (saved, optimizer.param_groups))
     if sizes != own:
         raise StateFormatError(
             f"convert_state_dict(source={source!r}): the state dict has groups of {sizes} parameters, the optimizer of "
             f"{own}. Build it with the same groups, over the same parameters in the same order"
         )
-    return saved
+    return list(saved)
+
+
+def _check_source(group: Mapping[str, Any], source: str, place: Place) -> None:
+    owner, mark = next(((owner, mark) for mark, owner in _MARKS.items() if mark in group), (source, ""))
+    if owner != source:
+        do = f"Pass source={owner!r}." if owner in _SOURCES else "Give the state dict to load_state_dict as it is."
+        raise place.error(f"option {mark}", f"this is a group of {owner}", do)
 
 
 def _read(source: str, state: Mapping[str, Any], param: Tensor, optimizer: LowBitOptimizer, number: int) -> Held | None:
@@ -158,7 +186,7 @@ def _group(
                 f"Build it with {name}={value!r}.",
             )
         else:
-            group[name] = _like(group[name], value) if name == "lr" else _plain(value)
+            group[name] = _like(group[name], value, place) if name == "lr" else _plain(value)
     known = {*options.read, *optimizer.defaults, "params", "param_names"}
     group.update({name: value for name, value in saved.items() if name not in known})
     try:
@@ -169,13 +197,16 @@ def _group(
     return group
 
 
-def _like(own: Any, lr: Any) -> Any:
+def _like(own: Any, lr: Any, place: Place) -> Any:
     """A learning rate as the optimizer has it: torchao always keeps a tensor, which schedulers would have to fill."""
-    return torch.full_like(own, float(lr)) if isinstance(own, Tensor) else float(lr)
+    rate = as_number(lr)
+    if rate is None:
+        raise place.error("lr", f"{lr!r} is not a number", INTACT)
+    return torch.full_like(own, rate) if isinstance(own, Tensor) else rate
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
     return tuple(_plain(each) for each in value) if isinstance(value, (list, tuple)) else value
 
@@ -260,7 +291,15 @@ def _check_moments(
             raise place.error(
                 what, f"{ours} keeps one, and there is none", "Build it without, or delete the state: it starts anew."
             )
-    if isinstance(held.second, Tensor) and bool((held.second < 0).any()):
+    for name in _SLOTS:
+        for tensor in _tensors(getattr(held, name)):
+            if not bool(tensor.isfinite().all()):
+                raise place.error(
+                    f"{name} moment",
+                    "there are values that are not finite",
+                    "Delete the state of this parameter from the state dict: it starts anew.",
+                )
+    if any(bool((tensor < 0).any()) for tensor in _tensors(held.second)):
         raise place.error(
             "second moment", "there are negative values", "Is the optimizer of the rule that wrote the state?"
         )

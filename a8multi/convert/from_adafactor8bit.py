@@ -42,9 +42,12 @@ def options(group: Mapping[str, Any], kind: str, place: Place) -> Options:
             f"these are to be of Adafactor8Bit, and the optimizer to load is of the kind {kind}",
             "Build an Adafactor8bit.",
         )
-    values = {name: group[name] for name in _CARRIED if name in group}
+    values = place.required(group, _CARRIED)
     # What its beta3 means.
-    return Options({**values, "came_order": "adafactor8bit"}, {*_CARRIED, *_FORMATS}, True)
+    values["came_order"] = "adafactor8bit"
+    if values["apollo_rank"]:
+        values["enable_fira_for_apollo"] = True  # always
+    return Options(values, {*_CARRIED, *_FORMATS}, True)
 
 
 def moments(fields: Fields, shape: Sequence[int], kind: str) -> Held | None:
@@ -59,15 +62,15 @@ def moments(fields: Fields, shape: Sequence[int], kind: str) -> Held | None:
     else:
         held.second = _second(fields, "variance", shape)
     if "fira_prev_norm" in fields:
-        norm = fields.take("fira_prev_norm")
-        held.limiter = torch.as_tensor(norm, dtype=torch.float32).reshape(())
+        held.limiter = torch.tensor(fields.number("fira_prev_norm"), dtype=torch.float32)
     return held
 
 
 def _second(fields: Fields, name: str, shape: Sequence[int]) -> Tensor:
     if f"{name}_q" not in fields:
         return fields.shaped(name, fields.dense(name), shape)
-    codes, scale = fields.codes(f"{name}_q", torch.uint8).reshape(-1), fields.codes(f"{name}_scale", torch.float32)
+    codes, scale = (fields.codes(f"{name}_q", torch.uint8), fields.codes(f"{name}_scale", torch.float32))
+    codes, scale = codes.reshape(-1), scale.reshape(-1)
     fields.drop(f"{name}_shape", f"{name}_pad")
     blocks = _blocks(fields, f"{name}_q", codes, scale, math.prod(shape))
     values = torch.pow(2.0, blocks.float() * scale.unsqueeze(1) * (1 / 255) + _LEAST_LOG2)
@@ -79,9 +82,9 @@ def _second(fields: Fields, name: str, shape: Sequence[int]) -> Tensor:
 def _first(fields: Fields, shape: Sequence[int]) -> Tensor | None:
     if "m_q" not in fields:
         return fields.values("m", shape)
-    packed, scale = fields.codes("m_q", torch.uint8), fields.codes("m_scale", torch.float32)
+    packed, scale = fields.codes("m_q", torch.uint8), fields.codes("m_scale", torch.float32).reshape(-1)
     fields.drop("m_block_size")
-    codes = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1)
+    codes = torch.stack((packed >> 4, packed & 15), dim=-1).reshape(-1)
     blocks = _blocks(fields, "m_q", codes, scale, math.prod(shape))
     table = torch.tensor(_TABLE, dtype=torch.float32, device=packed.device)
     return (table[blocks.int()] * scale.unsqueeze(1)).reshape(-1)[: math.prod(shape)].reshape(tuple(shape))

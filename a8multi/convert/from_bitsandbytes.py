@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .held import Fields, Held, Options, Place
+from .held import INTACT, Fields, Held, Options, Place, as_number
 
 # Under it bitsandbytes hides from FSDP what is not of the parameter's shape.
 _WRAPPED = "__bnb_optimizer_quant_state__"
@@ -55,18 +55,22 @@ def options(group: Mapping[str, Any], kind: str, place: Place) -> Options:
             f"bitsandbytes has nothing with such options that could go on as {kind}",
             f"Known: {', '.join((*_TWO_STATES, *_ONE_STATE))}. Build the optimizer of ours that follows the same rule.",
         )
-    two, betas = kind in _TWO_STATES, tuple(float(beta) for beta in group["betas"])
+    two = kind in _TWO_STATES
     read = {"lr", "weight_decay", "betas", "eps", "alpha", "t_alpha", "t_beta3"}
-    values = {name: group[name] for name in ("lr", "weight_decay")}
+    values = place.required(group, ("lr", "weight_decay"))
+    eps = place.required(group, ("eps",))["eps"]
+    given = group["betas"] if isinstance(group["betas"], (tuple, list)) else ()
+    betas = tuple(beta for beta in map(as_number, given) if beta is not None)
+    # Lion is given two betas, and the others with one state are too.
+    _require(len(betas) == len(given) == (3 if kind == "ademamix" else 2), "betas", group, place)
     if two:
-        _require(len(betas) == (3 if kind == "ademamix" else 2), "betas", group, place)
         names = ("alpha", "t_alpha", "t_beta3") if kind == "ademamix" else ()
-        values.update({name: group[name] for name in ("eps", *names)}, betas=betas)
+        values.update(place.required(group, names), eps=eps, betas=betas)
         if kind == "lamb":
             values["bias_correction"] = True
         return Options(values, read, None if kind == "lamb" else True)
     # Lion and SGD write eps=0, and SGD, RMSprop and Adagrad nothing in betas[1] that is ever used.
-    _require((group["eps"] == 0) == (kind in ("lion", "sgd")), "eps", group, place)
+    _require((as_number(eps) == 0) == (kind in ("lion", "sgd")), "eps", group, place)
     _require(kind == "lion" or betas[1] == 0, "betas", group, place)
     name, fixed = _ONE_STATE[kind]
     values.update(fixed)
@@ -74,7 +78,7 @@ def options(group: Mapping[str, Any], kind: str, place: Place) -> Options:
         values["betas"] = betas
     else:
         values.update({} if name is None else {name: betas[0]})
-        values.update({} if kind == "sgd" else {"eps": group["eps"]})
+        values.update({} if kind == "sgd" else {"eps": eps})
     return Options(values, read, kind == "lion")
 
 
@@ -91,6 +95,8 @@ def _require(fits: bool, name: str, group: Mapping[str, Any], place: Place) -> N
 def moments(fields: Fields, shape: Sequence[int], kind: str) -> Held | None:
     if _WRAPPED in fields:
         wrapped = fields.take(_WRAPPED)
+        if not isinstance(wrapped, Mapping):
+            raise fields.place.error(_WRAPPED, f"{wrapped!r} is not a state", INTACT)
         rest = {name: fields.take(name) for name in ("step", "unorm_vec") if name in fields}
         fields.done()
         return _unwrapped(Fields({**rest, **wrapped}, fields.place), shape, kind)
@@ -127,11 +133,11 @@ def _state(fields: Fields, number: str, shape: Sequence[int]) -> Tensor:
     if f"qmap{number}" not in fields:
         return fields.shaped(name, fields.dense(name), shape)
     codes = fields.shaped(name, fields.codes(name, torch.uint8), shape)
-    qmap = fields.codes(f"qmap{number}", torch.float32)
+    qmap = fields.shaped(f"qmap{number}", fields.codes(f"qmap{number}", torch.float32), (256,))
     absmax = fields.codes(f"absmax{number}", torch.float32)
     # AdEMAMix's two averages are quantised each by itself.
-    parts = codes.reshape(absmax.shape[0], -1) if absmax.ndim == 2 else codes.reshape(1, -1)
-    blocks = absmax.reshape(len(parts), -1)
+    count = shape[0] if absmax.ndim == 2 and absmax.shape[:1] == codes.shape[:1] else 1
+    parts, blocks = codes.reshape(count, -1), absmax.reshape(count, -1)
     for size in _BLOCK_SIZES:
         if -(-parts.shape[1] // size) == blocks.shape[1]:
             scale = blocks.repeat_interleave(size, dim=1)[:, : parts.shape[1]]

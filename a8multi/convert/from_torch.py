@@ -53,10 +53,11 @@ def options(group: Mapping[str, Any], kind: str, place: Place) -> Options:
             f"Known: {', '.join(_RULES)}. Build the optimizer of ours that follows the same rule.",
         )
     rule = _RULES[kind]
-    names = [name for name in ("lr", "weight_decay", "maximize", *rule.options) if name in group]
+    values = place.required(group, ("lr", "weight_decay", *rule.options))
+    values.update({name: group[name] for name in ("maximize",) if name in group})
     decoupled = group.get("decoupled_weight_decay") if kind == "adam" else kind == "adafactor"
-    read = {*names, *_OF_THE_RUN, "decoupled_weight_decay"}
-    return Options({**{name: group[name] for name in names}, **rule.fixed}, read, decoupled)
+    read = {*values, *_OF_THE_RUN, "decoupled_weight_decay"}
+    return Options({**values, **rule.fixed}, read, decoupled)
 
 
 def moments(fields: Fields, shape: Sequence[int], kind: str) -> Held | None:

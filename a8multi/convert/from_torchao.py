@@ -17,8 +17,8 @@ def options(group: Mapping[str, Any], kind: str, place: Place) -> Options:
             f"torchao's 8-bit optimizers are Adam and AdamW, and the optimizer to load is of the kind {kind}",
             "Build an AdamW8bit or Adam8bit.",
         )
-    names = ("lr", "betas", "eps", "weight_decay", "amsgrad")
-    return Options({name: group[name] for name in names}, {*names})
+    values = place.required(group, ("lr", "betas", "eps", "weight_decay", "amsgrad"))
+    return Options(values, {*values})
 
 
 def moments(fields: Fields, shape: Sequence[int], kind: str) -> Held | None:

@@ -5,6 +5,8 @@ A source (``from_*.py``) takes every entry out of ``Fields``; what is left is re
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,6 +25,9 @@ AMSGRAD = {
     )
 }
 
+INTACT = "Is the state dict intact?"
+_COMPLETE = "Is the state dict complete, and `source` the package that wrote it?"
+
 
 @dataclass(frozen=True)
 class Place:
@@ -33,6 +38,13 @@ class Place:
 
     def error(self, key: str, why: str, do: str) -> StateFormatError:
         return StateFormatError(f"convert_state_dict(source={self.source!r}): {self.what}: {key}: {why}. {do}")
+
+    def required(self, entries: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        """The entries of these names, all of which have to be there."""
+        for name in names:
+            if name not in entries:
+                raise self.error(name, f"is not there, only {', '.join(map(str, entries)) or 'nothing'}", _COMPLETE)
+        return {name: entries[name] for name in names}
 
 
 class Factors(NamedTuple):
@@ -80,8 +92,7 @@ class Fields:
         return name in self._left
 
     def take(self, name: str) -> Any:
-        if name not in self._left:
-            raise self.place.error(name, f"is not there, only {', '.join(self._left) or 'nothing'}", "Is it complete?")
+        self.place.required(self._left, (name,))
         return self._left.pop(name)
 
     def drop(self, *names: str) -> None:
@@ -95,11 +106,17 @@ class Fields:
                 raise self.place.error(name, why, do)
 
     def steps(self) -> int:
-        value = self.take("step")
-        number = float(value) if isinstance(value, (int, float)) or _is_scalar(value) else -1.0
+        number = self.number("step")
         if number < 0 or number != int(number):
-            raise self.place.error("step", f"{value!r} is not a number of steps", "Is the state dict intact?")
+            raise self.place.error("step", f"{number!r} is not a number of steps", INTACT)
         return int(number)
+
+    def number(self, name: str) -> float:
+        value = self.take(name)
+        number = as_number(value)
+        if number is None or not math.isfinite(number):
+            raise self.place.error(name, f"{value!r} is not a finite number", INTACT)
+        return number
 
     def codes(self, name: str, dtype: torch.dtype) -> Tensor:
         """A tensor of exactly this type. Codes are read in the order of memory: anything but contiguous is refused."""
@@ -159,8 +176,11 @@ def factor_shapes(shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...
     return (*shape[:-1], 1), (*shape[:-2], 1, shape[-1])
 
 
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1
+def as_number(value: Any) -> float | None:
+    """Of a number or a tensor of one; None: it is neither."""
+    if isinstance(value, Tensor):
+        return float(value) if value.numel() == 1 and not value.is_complex() else None
+    return float(value) if isinstance(value, numbers.Real) else None
 
 
 def _words(value: Any) -> str:

@@ -15,7 +15,7 @@ from a8multi.loader.structs import Flag, ScheduleRule
 from a8multi.plan import Moments, MomentSpec, Schedule
 from a8multi.quant.formats import check_block_size
 
-from .checks import check_flag, check_lr, check_number, check_seed
+from .checks import check_flags, check_lr, check_number, check_seed
 from .elementwise import averages, common_flags, moment_spec, options
 from .projected import ProjectedOptimizer
 from .roster import Group
@@ -31,10 +31,11 @@ CONFIDENCE_EPS = 1e-16
 class Adafactor8bit(ProjectedOptimizer):
     r"""Adafactor with an optional first moment, its element-wise state quantised. Alias: ``Adafactor8Bit``.
 
-    Names and defaults are those of the package ``adafactor8bit`` 0.2.4. Without ``beta1`` and with float32 state
-    (``quantize=False``), ``scale_weight_decay=False`` it equals :class:`torch.optim.Adafactor` on parameters of one and
-    two dimensions. Arithmetic is float32 whatever the parameter's type, the same bits on every compiled backend,
-    instruction set and number of threads.
+    Names and defaults are those of the package ``adafactor8bit`` 0.2.4, but for ``block_size``: 128 where it has 2048,
+    and its sizes above 4096 are refused. Without ``beta1`` and with float32 state (``quantize=False``),
+    ``scale_weight_decay=False`` it equals :class:`torch.optim.Adafactor` on parameters of one and two dimensions.
+    Arithmetic is float32 whatever the parameter's type, the same bits on every compiled backend, instruction set and
+    number of threads.
 
     The update, with :math:`\hat v` the second moment, :math:`\rho = \min(lr, 1/\sqrt t)` (``relative_step``) or
     :math:`lr`, and :math:`\alpha = \rho \max(\epsilon_2, RMS(p))` (``scale_parameter``) or :math:`\rho`:
@@ -72,7 +73,8 @@ class Adafactor8bit(ProjectedOptimizer):
         use_cuda_kernel: False: run on the ``torch`` backend.
         scale_weight_decay: weight decay uses :math:`\alpha` (True) or :math:`\rho`.
         enable_fira_for_adafactor: limit the growth of the update's norm from one step to the next (Fira's norm-growth
-            limiter). Zero updates are not remembered: they say nothing of how large the next may be.
+            limiter), of parameters that APOLLO does not project. Zero updates are not remembered: they say nothing of
+            how large the next may be.
         fira_margin: by how much the norm may grow, >= 0; 0.01 is one per cent.
         came_order: what ``beta3`` does: "paper" (the first moment averages the clipped update, and the step is that
             average over the root of the confidence) or "adafactor8bit" (as that package: the first moment averages the
@@ -92,6 +94,8 @@ class Adafactor8bit(ProjectedOptimizer):
         apollo_scale: factor of these scales, under a root: 1, or 128 for rank 1 with "tensor" (APOLLO-Mini).
         apollo_eps: added to the root of the projected second moment, > 0.
         apollo_factorize: keep the projected second moment as row and column means.
+        enable_fira_for_apollo: limit the growth of projected updates likewise, as APOLLO's paper and adafactor8bit
+            always do.
 
     Raises:
         ValueError: naming the parameter that is not valid.
@@ -103,7 +107,7 @@ class Adafactor8bit(ProjectedOptimizer):
     matrix of the same memory order (see ``plan.matrix_shape``), not over their last two dimensions; weight decay is
     scaled by alpha unless ``scale_weight_decay=False``, then by rho, which ``relative_step`` bounds, not by lr; eps1
     is resolved for each parameter. From ``adafactor8bit`` 0.2.4: row and column means are not quantised; the update
-    uses the first moment before it is quantised; block sizes are powers of two.
+    uses the first moment before it is quantised; block sizes are powers of two up to 4096.
 
     Source: Shazeer & Stern 2018, arXiv:1804.04235, Algorithms 4 and 5; section 8 for beta2_decay. CAME: Luo et al.
     2023, arXiv:2307.02047, Algorithm 2. Limiter: Chen et al. 2024, arXiv:2410.01623, section 3.3.
@@ -121,6 +125,7 @@ class Adafactor8bit(ProjectedOptimizer):
         "m_block_size",
         "min_8bit_size",
         "enable_fira_for_adafactor",
+        "enable_fira_for_apollo",
         "apollo_rank",
         "apollo_factorize",
     )
@@ -162,6 +167,7 @@ class Adafactor8bit(ProjectedOptimizer):
         skip_nonfinite: bool = False,
         came_order: str = "paper",
         apollo_scale: float = 1.0,
+        enable_fira_for_apollo: bool = True,
     ) -> None:
         super().__init__(params, options(locals()))
 
@@ -181,9 +187,7 @@ class Adafactor8bit(ProjectedOptimizer):
         check_number("d", group["d"], 0.0)
         check_number("min_8bit_size", group["min_8bit_size"], 0)
         check_seed(group["seed"])
-        check_flag("capturable", group["capturable"])
-        check_flag("skip_nonfinite", group["skip_nonfinite"])
-        check_flag("enable_fira_for_adafactor", group["enable_fira_for_adafactor"])
+        check_flags(group, self._named)
         check_number("fira_margin", group["fira_margin"], 0.0)
         if group["came_order"] not in _CAME_ORDERS:
             raise ValueError(f"came_order must be one of {', '.join(_CAME_ORDERS)}, not {group['came_order']!r}")
@@ -195,8 +199,9 @@ class Adafactor8bit(ProjectedOptimizer):
         check_block_size("block_size", group["block_size"])
         check_block_size("m_block_size", group["m_block_size"])
         if group["first_moment"] not in (None, *_FIRST_FORMATS):
-            raise ValueError(f"first_moment must be one of {', '.join(_FIRST_FORMATS)}, not {group['first_moment']!r}")
-
+            raise ValueError(
+                f"first_moment must be None or one of {', '.join(_FIRST_FORMATS)}, not {group['first_moment']!r}"
+            )
         self._check_apollo(group)
 
     def _moments(self, group: Group, param: Tensor) -> Moments:

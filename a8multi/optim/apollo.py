@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from .adafactor import Adafactor8bit
+from .checks import check_number
+from .elementwise import check_betas
+from .roster import Group
+
+# The constructor's name of an option and the groups'. ``betas`` and ``eps`` become several.
+_IN_GROUPS = {
+    **{name: f"apollo_{name}" for name in ("rank", "update_proj_gap", "scale_type", "scale", "factorize")},
+    "enable_fira": "enable_fira_for_apollo",
+}
+NAMES = (*_IN_GROUPS, "betas", "eps")
+
+
+def in_groups(options: Mapping[str, Any]) -> Group:
+    """Options of APOLLO8bit as its groups hold them: under the names of Adafactor8bit, which may be given too.
+
+    Raises:
+        ValueError: ``betas`` or ``eps`` are not valid.
+    """
+    kept: Group = {}
+    for name, value in options.items():
+        if name == "betas":
+            check_betas(value, 2)
+            kept.update(zip(("beta1", "beta2"), value, strict=True))
+        elif name == "eps" and not isinstance(value, (tuple, list)):
+            check_number("eps", value, 0.0, least_open=True)
+            kept.update(eps=(value, 0.0), apollo_eps=value)
+        else:
+            kept[_IN_GROUPS.get(name, name)] = value
+    return kept
 
 
 class APOLLO8bit(Adafactor8bit):
@@ -24,18 +53,21 @@ class APOLLO8bit(Adafactor8bit):
 
     Args:
         params: parameters or groups, float32, bfloat16 or float16. Embeddings and heads are better off in a group with
-            ``apollo_rank=0`` (they follow AdamW then): ``a8multi.build_param_groups(model, "apollo")`` does that.
+            ``rank=0`` (they follow AdamW then): ``a8multi.build_param_groups(model, "apollo")`` does that. The options
+            of a group have the names below; ``param_groups`` keeps them under those of :class:`Adafactor8bit`.
         lr: learning rate, >= 0. The paper trains with 1e-2, ten times what AdamW would get.
         rank: of the projection; 256 for models of a billion parameters, 1 with ``scale_type="tensor"`` and
             ``scale=128`` for APOLLO-Mini.
-        update_proj_gap: steps after which another random projection is drawn. The moments are kept, as in the paper.
+        update_proj_gap: steps after which another random projection is drawn, >= 1; 200 as in the authors' code. The
+            moments are kept, as in the paper.
         scale_type: "channel" or "tensor": one scale for each channel, or for the whole matrix.
         scale: factor of the step, under a root.
-        betas: decays of the moments of R, each in [0, 1).
+        betas: decays of the moments of R, each in [0, 1). The defaults of betas and eps are AdamW's.
         eps: added to the root of the second moment, > 0.
         weight_decay: >= 0, decoupled.
         fira_margin: by how much the norm of the step may grow, >= 0.
         factorize: keep R's second moment as row and column means.
+        enable_fira: limit the growth of that norm, as the paper does.
         options: as of :class:`Adafactor8bit`, such as ``first_moment``, ``quantize`` or ``seed``.
 
     Raises:
@@ -54,6 +86,8 @@ class APOLLO8bit(Adafactor8bit):
         >>> optimizer = a8multi.APOLLO8bit(model.parameters(), lr=1e-2, rank=256)
     """
 
+    _named: ClassVar = {kept: name for name, kept in (*_IN_GROUPS.items(), ("eps", "apollo_eps"))}
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -67,15 +101,13 @@ class APOLLO8bit(Adafactor8bit):
         weight_decay: float = 0.0,
         fira_margin: float = 0.01,
         factorize: bool = False,
+        *,
+        enable_fira: bool = True,
         **options: Any,
     ) -> None:
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise ValueError(f"betas must be two numbers, not {betas!r}")
+        check_number("eps", eps, 0.0, least_open=True)
         # Adafactor without what is its own: what is not projected follows AdamW.
         adam = {
-            "beta1": betas[0],
-            "beta2": betas[1],
-            "eps": (eps, 0.0),
             "d": 0.0,
             "relative_step": False,
             "scale_parameter": False,
@@ -85,13 +117,23 @@ class APOLLO8bit(Adafactor8bit):
             "first_moment": "int8",
         }
         apollo = {
-            "apollo_rank": rank,
-            "apollo_update_proj_gap": update_proj_gap,
-            "apollo_scale_type": scale_type,
-            "apollo_scale": scale,
-            "apollo_eps": eps,
-            "apollo_factorize": factorize,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale_type": scale_type,
+            "scale": scale,
+            "betas": betas,
+            "eps": eps,
+            "factorize": factorize,
+            "enable_fira": enable_fira,
         }
         super().__init__(
-            params, lr, weight_decay=weight_decay, fira_margin=fira_margin, **{**adam, **apollo, **options}
+            params, lr, weight_decay=weight_decay, fira_margin=fira_margin, **{**adam, **in_groups(apollo), **options}
         )
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters, as torch.optim.Optimizer does; its options have the constructor's names.
+
+        Raises:
+            ValueError: for an option that is not valid, or parameters that are complex, sparse or not floating.
+        """
+        super().add_param_group(in_groups(param_group) if isinstance(param_group, dict) else param_group)

@@ -14,7 +14,7 @@ from a8multi.plan import Moments, MomentSpec, Schedule
 from a8multi.quant.formats import check_block_size
 
 from .base import LowBitOptimizer
-from .checks import check_flag, check_lr, check_number, check_seed
+from .checks import check_flags, check_lr, check_number, check_seed
 from .elementwise import averages, check_betas, common_flags, moment_spec, options
 from .roster import Group
 
@@ -40,7 +40,8 @@ class CAME8bit(LowBitOptimizer):
         params: parameters or groups, float32, bfloat16 or float16.
         lr: learning rate, >= 0; a float or a tensor of one element, see :class:`AdamW8bit`. The paper trains with about
             the learning rates of AdamW, or half of them.
-        betas: decays of the first moment, the second, and the confidence, each in [0, 1).
+        betas: decays of the first moment, the second, and the confidence, each in [0, 1). These, eps and clip_threshold
+            have the defaults of the authors' code.
         eps: (epsilon_1, epsilon_2): the least value of the second moment, and what is added to the squared residual.
         clip_threshold: d, bound on the update's RMS before it is averaged, >= 0; 0 disables it.
         weight_decay: >= 0, decoupled: the parameter is multiplied by ``1 - lr * weight_decay``.
@@ -105,8 +106,7 @@ class CAME8bit(LowBitOptimizer):
         for name in ("clip_threshold", "weight_decay", "min_quantized_numel", "fira_margin"):
             check_number(name, group[name], 0.0)
         check_seed(group["seed"])
-        for name in ("capturable", "skip_nonfinite", "enable_fira"):
-            check_flag(name, group[name])
+        check_flags(group)
         check_block_size("block_size", group["block_size"])
         for name, known in (("first_moment", _FIRST_FORMATS), ("second_moment", ("log8", "fp32"))):
             if group[name] not in known:

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 from a8multi.plan.step_plan import DTYPES
 
+# Every option of every optimizer that is either True or False.
+_FLAGS = (
+    *("maximize", "stochastic_rounding", "stochastic_rounding_writeback", "capturable", "skip_nonfinite"),
+    *("nesterov", "centered", "bias_correction", "enable_fira"),
+    *("quantize", "factored", "relative_step", "scale_parameter", "scale_weight_decay", "use_cuda_kernel"),
+    *("enable_fira_for_adafactor", "enable_fira_for_apollo", "apollo_factorize"),
+)
+
 
 def check_number(name: str, value: Any, least: float, below: float = math.inf, *, least_open: bool = False) -> None:
     """Raise ValueError unless ``value`` is a finite number in [least, below)."""
-    number = float(value) if isinstance(value, (numbers.Real, Tensor)) and not isinstance(value, bool) else math.nan
+    one = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, numbers.Real)
+    number = float(value) if one and not isinstance(value, bool) else math.nan
     if not (least <= number < below) or (least_open and number == least):
         bounds = f"{'>' if least_open else '>='} {least:g}" + ("" if below == math.inf else f" and < {below:g}")
         raise ValueError(f"{name} must be a finite number {bounds}, not {value!r}")
@@ -34,10 +45,14 @@ def check_seed(seed: Any) -> None:
         raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, not {seed!r}")
 
 
-def check_flag(name: str, value: Any) -> None:
-    """Raise ValueError unless ``value`` is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, not {value!r}")
+def check_flags(group: dict[str, Any], names: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Raise ValueError unless every flag that a group has is True or False: "false" from a file would count as True.
+
+    names: what the message calls an option, where that is not its name in the group.
+    """
+    for name in _FLAGS:
+        if not isinstance(group.get(name, False), bool):
+            raise ValueError(f"{names.get(name, name)} must be True or False, not {group[name]!r}")
 
 
 def check_param(param: Tensor) -> None:

@@ -16,7 +16,7 @@ from a8multi.plan import Moments, MomentSpec
 from a8multi.quant.formats import FORMATS, check_block_size
 
 from .base import LowBitOptimizer
-from .checks import check_flag, check_lr, check_number, check_seed
+from .checks import check_flags, check_lr, check_number, check_seed
 from .roster import Group
 
 # The options that name a moment's format, in the order of ``Moments``, and the formats of each.
@@ -56,8 +56,7 @@ class ElementwiseOptimizer(LowBitOptimizer):
         check_number("weight_decay", group["weight_decay"], 0.0)
         check_number("min_quantized_numel", group["min_quantized_numel"], 0)
         check_seed(group["seed"])
-        check_flag("capturable", group["capturable"])
-        check_flag("skip_nonfinite", group["skip_nonfinite"])
+        check_flags(group)
         check_block_size("block_size", group["block_size"])
         for name, known in MOMENT_FORMATS.items():
             if name in self._format_options and group[name] not in known:

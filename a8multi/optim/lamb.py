@@ -10,7 +10,7 @@ from torch import Tensor
 from a8multi.loader.structs import RuleKind, ScheduleRule
 from a8multi.plan import Schedule
 
-from .checks import check_flag, check_number
+from .checks import check_number
 from .elementwise import SIZES, ElementwiseOptimizer, averages, check_betas, options
 from .roster import Group
 
@@ -80,7 +80,6 @@ class LAMB8bit(ElementwiseOptimizer):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        check_flag("bias_correction", group["bias_correction"])
         check_betas(group["betas"], 2)
         check_number("eps", group["eps"], 0.0)
 

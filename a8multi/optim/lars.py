@@ -44,8 +44,9 @@ class LARS8bit(MomentumOptimizer):
     Raises:
         ValueError: naming the parameter that is not valid.
 
-    State: 1.03 bytes a parameter with momentum, none without. With ``first_moment="fp32"`` it equals the paper's
-    algorithm while lr is constant.
+    Defaults: trust_coefficient and eps are the paper's, momentum, dampening, weight_decay and nesterov those of torch's
+    SGD and bitsandbytes; lr is 1 because trust_coefficient is the step size. State: 1.03 bytes a parameter with
+    momentum, none without. With ``first_moment="fp32"`` it equals the paper's algorithm while lr is constant.
 
     Differences. From the paper: lr is outside of the momentum, as in :class:`torch.optim.SGD`, so that a new learning
     rate acts at once. From bitsandbytes: its ``max_unorm``, which bounds the update by a share of the parameter's norm,

@@ -10,7 +10,7 @@ from torch import Tensor
 from a8multi.loader.structs import Flag, RuleKind, ScheduleRule
 from a8multi.plan import Schedule
 
-from .checks import check_flag, check_number
+from .checks import check_number
 from .elementwise import SIZES, ElementwiseOptimizer, averages, options
 from .roster import Group
 
@@ -90,7 +90,6 @@ class RMSprop8bit(ElementwiseOptimizer):
         check_number("alpha", group["alpha"], 0.0, 1.0)
         check_number("eps", group["eps"], 0.0)
         check_number("momentum", group["momentum"], 0.0, 1.0)
-        check_flag("centered", group["centered"])
 
     def _format_of(self, group: Group, moment: str) -> str | None:
         if moment == "first_moment" and not group["momentum"]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from a8multi.loader.structs import Flag, RuleKind, ScheduleRule
 from a8multi.plan import Schedule
 
-from .checks import check_flag, check_number
+from .checks import check_number
 from .elementwise import SIZES, ElementwiseOptimizer, options
 from .roster import Group
 
@@ -24,7 +24,6 @@ class MomentumOptimizer(ElementwiseOptimizer):
         super()._check_group(group)
         check_number("momentum", group["momentum"], 0.0, 1.0)
         check_number("dampening", group["dampening"], 0.0)
-        check_flag("nesterov", group["nesterov"])
         if group["nesterov"] and (not group["momentum"] or group["dampening"]):
             raise ValueError(
                 f"nesterov=True needs a momentum and no dampening, not momentum={group['momentum']!r}, "

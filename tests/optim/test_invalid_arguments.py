@@ -11,6 +11,8 @@ from optim.helpers import differences, gradients, parameters, run, snapshot
 
 import a8multi
 
+pytestmark = pytest.mark.filterwarnings("ignore:rank=256 is above")
+
 SHAPES = ((4097,), (65, 300), (129,))
 NAN, INF = math.nan, math.inf
 COMMON: list[tuple[str, Any, str]] = [
@@ -26,7 +28,6 @@ _SECOND: list[tuple[str, Any, str]] = [("second_moment", value, "second_moment")
 ELEMENTWISE: list[tuple[str, Any, str]] = [
     *COMMON,
     *(("min_quantized_numel", value, "min_quantized_numel") for value in (-1, NAN, None)),
-    *((name, value, name) for name in ("capturable", "skip_nonfinite") for value in (1, None)),
 ]
 BETAS: list[tuple[str, Any, str]] = [
     *(("betas", value, r"betas\[0\]") for value in ((1.0, 0.9), (-0.1, 0.9), (NAN, 0.9), ("a", 0.9))),
@@ -36,11 +37,32 @@ BETAS: list[tuple[str, Any, str]] = [
 MOMENTUM: list[tuple[str, Any, str]] = [
     *(("momentum", value, "momentum") for value in (1.0, -0.1, NAN, None)),
     *(("dampening", value, "dampening") for value in (-0.1, INF, None)),
-    *(("nesterov", value, "nesterov") for value in (True, 1, None)),
+    ("nesterov", True, "nesterov"),
+]
+# Of Adafactor8bit and APOLLO8bit. first_moment=None is valid here.
+ADAFACTOR: list[tuple[str, Any, str]] = [
+    *(case for case in COMMON if case[:2] != ("first_moment", None)),
+    *(("beta1", value, "beta1") for value in (1.0, -0.1, NAN, "a")),
+    *(("beta2", value, "beta2") for value in (1.0, -0.1, NAN)),
+    *(("beta2_decay", value, "beta2_decay") for value in (0.1, NAN, -INF, None)),
+    *(("beta3", value, "beta3") for value in (1.0, NAN, 0.9999)),
+    *(("d", value, "d must") for value in (-1.0, NAN, INF, None)),
+    *(("m_block_size", value, "m_block_size") for value in (0, 33, 8192, None)),
+    *(("min_8bit_size", value, "min_8bit_size") for value in (-1, NAN)),
+    *(("fira_margin", value, "fira_margin") for value in (-0.1, NAN)),
+    ("came_order", "torch", "came_order"),
+]
+# By the names that the constructor of APOLLO8bit has for them.
+APOLLO: list[tuple[str, Any, str]] = [
+    *(("rank", value, "^rank must") for value in (-1, 1.5, "4", None, True)),
+    *(("update_proj_gap", value, "^update_proj_gap must") for value in (0, 2.0, None)),
+    ("scale_type", "row", "^scale_type must"),
+    *(("scale", value, "^scale must") for value in (0.0, INF, None, torch.ones(2))),
+    *((name, value, f"^{name} must") for name in ("factorize", "enable_fira") for value in (1, "false", None)),
 ]
 CASES = {
     a8multi.AdamW8bit: [*ELEMENTWISE, *BETAS, *_EPS, *_SECOND],
-    a8multi.LAMB8bit: [*ELEMENTWISE, *BETAS, *_EPS, *_SECOND, ("bias_correction", 1, "bias_correction")],
+    a8multi.LAMB8bit: [*ELEMENTWISE, *BETAS, *_EPS, *_SECOND],
     a8multi.Lion8bit: [*ELEMENTWISE, *BETAS],
     a8multi.RMSprop8bit: [
         *ELEMENTWISE,
@@ -48,7 +70,6 @@ CASES = {
         *_SECOND,
         *(("alpha", value, "alpha") for value in (1.0, -0.1, NAN, None)),
         *(("momentum", value, "momentum") for value in (1.0, -0.1, None)),
-        ("centered", 1, "centered"),
     ],
     a8multi.SGD8bit: [*ELEMENTWISE, *MOMENTUM],
     a8multi.LARS8bit: [
@@ -80,32 +101,40 @@ CASES = {
         *(("betas", value, r"betas\[2\]") for value in ((0.9, 0.99, 1.0), (0.9, 0.99, NAN))),
         *(("eps", value, "eps") for value in (1e-30, (1e-30,), (-1.0, 1e-16), (1e-30, NAN))),
         *((name, value, name) for name in ("clip_threshold", "fira_margin") for value in (-1.0, NAN, None)),
-        ("enable_fira", 1, "enable_fira"),
     ],
     a8multi.Adafactor8bit: [
-        *COMMON,
-        *(("beta1", value, "beta1") for value in (1.0, -0.1, NAN, "a")),
-        *(("beta2", value, "beta2") for value in (1.0, -0.1, NAN)),
-        *(("beta2_decay", value, "beta2_decay") for value in (0.1, NAN, -INF, None)),
-        *(("beta3", value, "beta3") for value in (1.0, NAN, 0.9999)),
+        *ADAFACTOR,
         *(("eps", value, r"eps\[0\]") for value in ((-1.0, 1e-3), (NAN, 1e-3), (INF, 1e-3))),
         *(("eps", value, r"eps\[1\]") for value in ((None, -1.0), (None, NAN), (None, None))),
         *(("eps", value, "eps") for value in (1e-8, None, (1e-8,))),
-        *(("d", value, "d must") for value in (-1.0, NAN, INF, None)),
-        *(("m_block_size", value, "m_block_size") for value in (0, 33, 8192, None)),
-        *(("min_8bit_size", value, "min_8bit_size") for value in (-1, NAN)),
-        *(("fira_margin", value, "fira_margin") for value in (-0.1, NAN)),
-        ("enable_fira_for_adafactor", 1, "enable_fira_for_adafactor"),
-        ("came_order", "torch", "came_order"),
-        ("skip_nonfinite", None, "skip_nonfinite"),
+        *((f"apollo_{name}", value, f"^apollo_{name} must") for name, value, _ in APOLLO if name != "enable_fira"),
     ],
+    a8multi.APOLLO8bit: ADAFACTOR,
 }
 CASES[a8multi.Adam8bit] = CASES[a8multi.AdamW8bit]
+# The names of APOLLO8bit's flags in messages, where they are not those of the groups.
+OTHERWISE = {"apollo_factorize": "factorize", "enable_fira_for_apollo": "enable_fira"}
+
+
+def flags(kind: Any) -> list[tuple[str, Any, str]]:
+    """Every option that is True or False, with what would count as one of them in an ``if``."""
+    names = [name for name, value in kind(parameters([(8,)])).defaults.items() if isinstance(value, bool)]
+    said = OTHERWISE if kind is a8multi.APOLLO8bit else {}
+    return [(name, value, f"^{said.get(name, name)} must be") for name in names for value in (1, "false")]
+
+
 ALL = [
     pytest.param(kind, *case, id=f"{kind.__name__}-{case[0]}-{str(case[1])[:16]}")
     for kind, cases in CASES.items()
-    for case in cases
+    for case in (*cases, *flags(kind))
 ]
+
+
+def test_the_flags_are_found() -> None:
+    assert {name for name, _, _ in flags(a8multi.RMSprop8bit)} == {
+        "maximize", "centered", "stochastic_rounding", "stochastic_rounding_writeback", "capturable", "skip_nonfinite",
+    }  # fmt: skip
+    assert {kind.__name__ for kind in CASES} == {name for name in a8multi.__all__ if name.endswith("8bit")}
 
 
 @pytest.mark.parametrize(("kind", "name", "value", "word"), ALL)
@@ -129,6 +158,33 @@ def test_when_changed_later(kind: Any, name: str, value: Any, word: str) -> None
     optimizer.param_groups[1][name] = good
     run(optimizer, params, range(1, 2))
     assert all(optimizer.state[p]["step"] == 2 for p in params)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "word"),
+    [
+        *APOLLO,
+        *(case for case in BETAS if case[1] != (0.9,)),
+        *(("betas", value, "^betas") for value in ((None, None), (0.9, None), (0.9,))),
+        *(("eps", value, "^eps must") for value in (0.0, -1.0, NAN, None)),
+    ],
+)
+def test_apollo_by_its_own_names(name: str, value: Any, word: str) -> None:
+    """Of the constructor and of groups alike, and nothing is left of a group that is refused."""
+    params = parameters(SHAPES)
+    with pytest.raises(ValueError, match=word):
+        a8multi.APOLLO8bit(params, **{name: value})
+    with pytest.raises(ValueError, match=word):
+        a8multi.APOLLO8bit([{"params": params[:1]}, {"params": params[1:], name: value}])
+    optimizer = a8multi.APOLLO8bit(params[:1])
+    with pytest.raises(ValueError, match=word):
+        optimizer.add_param_group({"params": params[1:], name: value})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_apollo_takes_no_pair_for_eps() -> None:
+    with pytest.raises(ValueError, match=r"^eps must be a finite number > 0"):
+        a8multi.APOLLO8bit(parameters([(8,)]), eps=(1e-8, 1e-3))
 
 
 @pytest.mark.parametrize("kind", CASES)
