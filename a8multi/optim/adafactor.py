@@ -92,7 +92,7 @@ class Adafactor8bit(ProjectedOptimizer):
         apollo_update_proj_gap: steps after which another random projection is drawn, >= 1.
         apollo_scale_type: "channel" (each row or column of the gradient has its scale) or "tensor" (one for all).
         apollo_scale: factor of these scales, under a root: 1, or 128 for rank 1 with "tensor" (APOLLO-Mini).
-        apollo_eps: added to the root of the projected second moment, > 0.
+        apollo_eps: added to the root of the projected second moment, which is 2 sqrt(rank) times the paper's, > 0.
         apollo_factorize: keep the projected second moment as row and column means.
         enable_fira_for_apollo: limit the growth of projected updates likewise, as APOLLO's paper and adafactor8bit
             always do.

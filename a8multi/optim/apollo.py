@@ -63,7 +63,7 @@ class APOLLO8bit(Adafactor8bit):
         scale_type: "channel" or "tensor": one scale for each channel, or for the whole matrix.
         scale: factor of the step, under a root.
         betas: decays of the moments of R, each in [0, 1). The defaults of betas and eps are AdamW's.
-        eps: added to the root of the second moment, > 0.
+        eps: added to the root of the second moment, which is 2 sqrt(rank) times the paper's where it is projected, > 0.
         weight_decay: >= 0, decoupled.
         fira_margin: by how much the norm of the step may grow, >= 0.
         factorize: keep R's second moment as row and column means.

@@ -110,6 +110,78 @@ def test_grad_scaler(overflows: bool, backend: BackendCase) -> None:
         assert torch.equal(p, q)
 
 
+UNSCALED = {**MAKES, "apollo": lambda params, **o: a8multi.APOLLO8bit(params, rank=4, update_proj_gap=2, **o)}
+
+
+@pytest.mark.parametrize("skips", [False, True], ids=["scaler skips", "optimizer skips"])
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("make", UNSCALED.values(), ids=UNSCALED.keys())
+def test_unscaled_and_clipped_gradients(make: Any, bad: float | None, skips: bool, backend: BackendCase) -> None:
+    """GradScaler.unscale_ and clip_grad_norm_ before the step: the bits of steps without a scaler."""
+    params, twins = (parameters(SHAPES, device=backend.device) for _ in range(2))
+    optimizer, reference = make(params, skip_nonfinite=skips), make(twins)
+    scaler = torch.amp.GradScaler(backend.device, init_scale=1024.0, growth_interval=2)
+    for step in range(5):
+        grads = gradients(params, step)
+        spoilt = bad is not None and step == 2
+        if spoilt:
+            grads[1][7] = bad
+        scaler.scale(torch.zeros((), device=backend.device))
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g * scaler.get_scale()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(params, 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        if not spoilt:
+            assert norm > 0.5, "nothing was clipped"
+            for p, g in zip(twins, grads, strict=True):
+                p.grad = g
+            torch.nn.utils.clip_grad_norm_(twins, 0.5)
+            reference.step()
+    assert scaler.get_scale() == (4096.0 if bad is None else 2048.0)
+    assert optimizer.skipped_steps == int(skips and bad is not None)
+    found = _plain(snapshot(optimizer, params), optimizer, params)
+    assert not differences(found, _plain(snapshot(reference, twins), reference, twins))
+
+
+def test_what_the_scaler_has_found_counts(backend: BackendCase) -> None:
+    """Though the gradients have been mended since: as with torch's own optimizers, the step is skipped."""
+    params = parameters(SHAPES, device=backend.device)
+    optimizer = a8multi.AdamW8bit(params, skip_nonfinite=True)
+    run(optimizer, params, range(1))
+    before = snapshot(optimizer, params)
+    scaler = torch.amp.GradScaler(backend.device, init_scale=1024.0)
+    scaler.scale(torch.zeros((), device=backend.device))
+    for p, g in zip(params, gradients(params, 1), strict=True):
+        p.grad = g
+    params[1].grad[7] = float("inf")  # type: ignore[index]
+    scaler.unscale_(optimizer)
+    params[1].grad[7] = 0.0  # type: ignore[index]
+    scaler.step(optimizer)
+    scaler.update()
+    assert (optimizer.skipped_steps, scaler.get_scale()) == (1, 512.0)
+    assert not differences(snapshot(optimizer, params), before)
+
+
+@makes
+def test_steps_without_gradients_keep_the_count(make: Any, backend: BackendCase) -> None:
+    params = parameters(SHAPES, device=backend.device)
+    optimizer = make(params, skip_nonfinite=True)
+
+    def skipped_after(grads: list[Any]) -> int:
+        optimizer.zero_grad(set_to_none=True)
+        apply(optimizer, params, grads)
+        return int(optimizer.skipped_steps)
+
+    bad = gradients(params, 0)
+    bad[2][5] = float("nan")
+    none = [None] * len(params)
+    assert [skipped_after(grads) for grads in (none, bad, none, gradients(params, 1), none, bad, none)] == [
+        *(0, 1, 1, 1, 1, 2, 2)
+    ]
+
+
 def test_without_the_option_the_scaler_reads_back_itself() -> None:
     assert not a8multi.AdamW8bit(parameters([(8,)]))._step_supports_amp_scaling
 

@@ -110,15 +110,35 @@ def adafactor(
         roots = root((product[0], product[1]), tuple(param.shape), eps1)
     u, norm = limited(averaged / roots, old.norm, growth)
 
-    rho = min(lr, 1 / math.sqrt(step)) if relative_step else lr
-    alpha = rho * max(eps2, rms(param)) if scale_parameter else rho
+    correction = 1.0
     if beta1 is not None and not relative_step:
-        alpha /= 1 - beta1**step
-        if beta2 is not None:
-            alpha *= math.sqrt(1 - beta2**step)
+        correction = (1.0 if beta2 is None else math.sqrt(1 - beta2**step)) / (1 - beta1**step)
+    options = {"relative_step": relative_step, "scale_parameter": scale_parameter, "eps2": eps2, "d": d}
+    decay = {"weight_decay": weight_decay, "scale_weight_decay": scale_weight_decay}
+    new = stepped(param, u, step, lr=lr, correction=correction, **options, **decay)
+    return new, Moments(first, second, confidence, norm)
+
+
+def stepped(
+    param: Tensor,
+    u: Tensor,
+    step: int,
+    *,
+    lr: float,
+    correction: float,
+    relative_step: bool,
+    scale_parameter: bool,
+    eps2: float,
+    d: float,
+    weight_decay: float,
+    scale_weight_decay: bool,
+) -> Tensor:
+    """The parameter after an update: clipped, scaled and decayed. correction: of the bias, a factor of alpha."""
+    rho = min(lr, 1 / math.sqrt(step)) if relative_step else lr
+    alpha = (rho * max(eps2, rms(param)) if scale_parameter else rho) * correction
     decay = weight_decay * (alpha if scale_weight_decay else rho)
     clip = max(1.0, rms(u) / d) if d > 0 else 1.0
-    return param * (1 - decay) - alpha / clip * u, Moments(first, second, confidence, norm)
+    return param * (1 - decay) - alpha / clip * u
 
 
 def came(
