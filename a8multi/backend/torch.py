@@ -89,7 +89,7 @@ class TorchBackend:
         stochastic: bool,
         seed: int,
     ) -> None:
-        phase = formats.phase_key(seed, 0, 0) if stochastic else None
+        phase = formats.phase_key(seed, 0, 0) if stochastic and fmt.name == "log8" else None
         for start, stop in slices(values.numel()):
             formats.encode(fmt, formats.load(values, start, stop), codes, blocks, block_size, start, phase)
 

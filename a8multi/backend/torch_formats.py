@@ -268,10 +268,14 @@ def _absmax(x: Tensor, levels: float) -> tuple[Tensor, Tensor, Tensor]:
     return inverse, scale, broken
 
 
-def encode_int8(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def encode_int8(x: Tensor, block_size: int, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
     values = _in_blocks(x, block_size)
     inverse, scale, broken = _absmax(values, _INT8_LEVELS)
-    codes = (values * inverse[:, None]).masked_fill_(broken[:, None], 0.0).round_().to(torch.int8)
+    codes = (values * inverse[:, None]).masked_fill_(broken[:, None], 0.0)
+    if offsets is not None:
+        codes.add_(_in_blocks(offsets - 1.5, block_size)).clamp_(-_INT8_LEVELS, _INT8_LEVELS)
+        codes.masked_fill_(broken[:, None], 0.0)
+    codes = codes.round_().to(torch.int8)
     return codes.view(-1)[: x.numel()], scale
 
 
@@ -323,18 +327,20 @@ def encode(
 ) -> None:
     """Writes float32 [n] into the codes and headers from element ``start`` on.
 
-    phase: of the tensor's first element, for log8; None: to nearest. keep_grid: log8 headers stay while they fit.
-    skip: as in ``write``.
+    phase: of the tensor's first element, for log8 and int8; None: to nearest. keep_grid: log8 headers stay while they
+    fit. skip: as in ``write``.
     """
     if blocks is None:
         store(x, codes, start, skip=skip)
         return
+    drawn = None if phase is None else offsets(phase, start, x.numel(), x.device)
     if fmt.name == "log8":
-        drawn = None if phase is None else offsets(phase, start, x.numel(), x.device)
         before = _headers(blocks, block_size, start, x.numel()) if keep_grid else None
         new_codes, new_blocks = encode_log8(x, block_size, drawn, before)
+    elif fmt.name == "int8":
+        new_codes, new_blocks = encode_int8(x, block_size, drawn)
     else:
-        new_codes, new_blocks = {"int8": encode_int8, "nf4": encode_nf4}[fmt.name](x, block_size)
+        new_codes, new_blocks = encode_nf4(x, block_size)
     write(new_codes, _codes(codes, fmt, start, x.numel()), skip)
     write(new_blocks, _headers(blocks, block_size, start, x.numel()), skip)
 

@@ -203,4 +203,4 @@ def update(item: Item, grad: Tensor, hyper: Hyper, kind: RuleKind, skip: Tensor 
         moments = Moments.of(item, start, stop)
         u = _UPDATES[kind](rule, p, g, moments)
         p = sub(mul(p, rule.decay), mul(u, rule.step_size))
-        step.store(item, hyper, start, p, moments, skip)
+        step.store(item, hyper, start, p, moments, skip, kind == RuleKind.LION)

@@ -118,10 +118,11 @@ class Moments:
             decoded(item.moments.third, item.third, item.third_block),
         )
 
-    def store(self, item: Item, hyper: Hyper, start: int, skip: Tensor | None) -> None:
+    def store(self, item: Item, hyper: Hyper, start: int, skip: Tensor | None, phases_first: bool = False) -> None:
+        """phases_first: ``a8_rule_phases_first``."""
         specs = item.moments
         for spec, values, codes, blocks, phase in (
-            (specs.first, self.first, item.first, item.first_block, None),
+            (specs.first, self.first, item.first, item.first_block, hyper.phase(item) if phases_first else None),
             (specs.second, self.second, item.second, item.second_block, hyper.phase(item)),
             (specs.third, self.third, item.third, item.third_block, None),
         ):
@@ -130,10 +131,18 @@ class Moments:
                 formats.encode(spec.format, values, *place, keep_grid=True, skip=skip)
 
 
-def store(item: Item, hyper: Hyper, start: int, p: Tensor, moments: Moments, skip: Tensor | None) -> None:
+def store(
+    item: Item,
+    hyper: Hyper,
+    start: int,
+    p: Tensor,
+    moments: Moments,
+    skip: Tensor | None,
+    phases_first: bool = False,
+) -> None:
     """Writes the parameter and the moments from element ``start`` on, unless the 0-d ``skip`` is true."""
     formats.store(p, item.param, start, hyper.write_noise(item), skip)
-    moments.store(item, hyper, start, skip)
+    moments.store(item, hyper, start, skip, phases_first)
 
 
 def screened(grad: Tensor, scale: Tensor | None) -> Tensor:

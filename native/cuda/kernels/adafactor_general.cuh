@@ -143,7 +143,7 @@ static __device__ __noinline__ void a8_apply_general(const a8_tensor* t, const a
       a8_store_pair(t->param, t->param_dtype, pair, both, p, noisy_write,
                     noisy_write ? a8_noise_word(write.write, in_chunk) : 0u);
       if (a8_scales(job)) a8_keep_squares(room, e, a8_load_pair(t->param, t->param_dtype, pair, both));
-      a8_store_moments(span, moments, e, x.after, false, noisy_state, a8_phase_at(write.phase, 2 * in_chunk));
+      a8_store_moments(span, moments, e, x.after, false, noisy_state, false, a8_phase_at(write.phase, 2 * in_chunk));
     }
     if (a8_scales(job)) a8_add_squares(room, span.count, &param_squares);
   }

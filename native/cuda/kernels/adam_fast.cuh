@@ -137,7 +137,8 @@ struct a8_fast_rule<A8_ADAM, kParam, kGrad> : a8_fast_lanes<kParam, kGrad, true>
     a8_fast_place to = at;
     Lanes::advance(&to, -Lanes::kStages);
     Lanes::store_param(job, to, pair, p);
-    Lanes::store_first(to, m, most_bits == 0 ? 0.0f : a8_exact_div(A8_INT8_LEVELS, most));
+    float inverse = most_bits == 0 ? 0.0f : a8_exact_div(A8_INT8_LEVELS, most);
+    Lanes::template store_first<A8_ADAM>(job, to, pair, m, inverse);
     a8_log8_header after = a8_log8_header_of(a8_log8_low(low), (int32_t)high, header);
     store_second(job, to, pair, v, a8_log8_origin(after.lo), a8_exact_reciprocal((float)after.step));
     if ((threadIdx.x & 15u) == 0) {

@@ -30,8 +30,9 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS) a8_quantize_kernel(a8_c
       bool both = 2 * pair + 1 < end;
       float2 x = a8_load_pair(c.values, c.dtype, pair, both);
       uint32_t phase = a8_phase_at(key, 2 * (uint64_t)pair);
-      float even = c.stochastic ? a8_offset(phase) : A8_LOG8_NEAREST;
-      float odd = c.stochastic ? a8_offset(phase + A8_PHASE_STRIDE) : A8_LOG8_NEAREST;
+      bool stochastic = c.stochastic && c.format == A8_LOG8;
+      float even = stochastic ? a8_offset(phase) : A8_LOG8_NEAREST;
+      float odd = stochastic ? a8_offset(phase + A8_PHASE_STRIDE) : A8_LOG8_NEAREST;
       a8_store_codes(c.codes, c.format, pair, both, a8_encode(c.format, x.x, encoder, even, levels),
                      a8_encode(c.format, x.y, encoder, odd, levels));
     }

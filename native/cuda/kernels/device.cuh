@@ -259,7 +259,7 @@ A8_FN a8_encoder a8_store_header(void* headers, uint32_t format, int64_t block, 
 A8_FN uint32_t a8_encode(uint32_t format, float x, const a8_encoder& encoder, float offset, const float* levels) {
   if (format == A8_LOG8) return a8_log8_encode(a8_log8_bits(x), encoder.origin, encoder.inverse, offset);
   bool finite = encoder.inverse == encoder.inverse;
-  if (format == A8_INT8) return finite ? (uint32_t)a8_int8_encode(x, encoder.inverse) : 0u;
+  if (format == A8_INT8) return finite ? (uint32_t)a8_int8_encode(x, encoder.inverse, offset) : 0u;
   uint32_t code = 0;
 #pragma unroll
   for (int level = 0; level < 15; ++level)

@@ -141,15 +141,28 @@ A8_FN void a8_pack_eight_stochastic(const float* x, const uint32_t* words, uint3
   }
 }
 
-// a8_int8_encode, the codes packed.
-A8_FN void a8_int8_eight(const float* m, float inverse, uint32_t* packed) {
-  uint32_t code[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) code[i] = a8_bits(m[i] * inverse + 12582912.0f);  // in the low byte
+A8_FN void a8_pack_low_bytes(const uint32_t* code, uint32_t* packed) {
 #pragma unroll
   for (int i = 0; i < 2; ++i)
     packed[i] = __byte_perm(__byte_perm(code[4 * i], code[4 * i + 1], 0x0040),
                             __byte_perm(code[4 * i + 2], code[4 * i + 3], 0x0040), 0x5410);
+}
+
+// a8_int8_bits, the codes packed.
+A8_FN void a8_int8_eight(const float* m, float inverse, uint32_t* packed) {
+  uint32_t code[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) code[i] = a8_int8_bits(m[i], inverse);
+  a8_pack_low_bytes(code, packed);
+}
+
+// The same by phases. phase: of the first; the second four begin `run` elements after it.
+A8_FN void a8_int8_eight(const float* m, float inverse, uint32_t phase, uint32_t run, uint32_t* packed) {
+  uint32_t code[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    code[i] = a8_int8_bits(m[i], inverse, a8_offset(phase + (i / 4 * run + i % 4) * A8_PHASE_STRIDE));
+  a8_pack_low_bytes(code, packed);
 }
 
 // a8_log8_decode of eight codes. By whole warps: one branch for all decides that no code is zero.

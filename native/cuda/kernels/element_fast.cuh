@@ -133,9 +133,15 @@ struct a8_fast_lanes {
     a8_store_eight<kParam, kRuns>(at.param, out);
   }
 
-  static __device__ __forceinline__ void store_first(const a8_fast_place& at, const float* m, float inverse) {
+  // pair: the lane's first pair in the stretch.
+  template <int KIND>
+  static __device__ __forceinline__ void store_first(const a8_element_job& job, const a8_fast_place& at, uint32_t pair,
+                                                     const float* m, float inverse) {
     uint32_t packed[2];
-    a8_int8_eight(m, inverse, packed);
+    if (a8_rule_phases_first(KIND) && (job.rule.flags & A8_STOCHASTIC_STATE))
+      a8_int8_eight(m, inverse, a8_phase_at(job.phase, 2 * pair), kRuns == 1 ? 4 : A8_USUAL_BLOCK / 2, packed);
+    else
+      a8_int8_eight(m, inverse, packed);
     a8_store_eight_codes<kRuns>(at.first, packed);
   }
 };

@@ -137,7 +137,8 @@ static __device__ __noinline__ void a8_element_general(const a8_element_job& str
       float2 p = make_float2(a8_rule_param(&job.rule, x.p.x, u.x), a8_rule_param(&job.rule, x.p.y, u.y));
       a8_store_pair(t->param, t->param_dtype, (span.from + e) / 2, both, p, noisy_write,
                     noisy_write ? a8_noise_word(job.write, in_chunk) : 0u);
-      a8_store_moments(span, room, e, after, kThird, noisy_state, a8_phase_at(job.phase, 2 * in_chunk));
+      a8_store_moments(span, room, e, after, kThird, noisy_state, a8_rule_phases_first(KIND),
+                       a8_phase_at(job.phase, 2 * in_chunk));
     }
   }
 }

@@ -135,7 +135,7 @@ A8_FN float a8_update_of_eight(const a8_rule& rule, a8_lane_eight* x, int i) {
 }
 
 // Stores a unit, or only notes it in `left` when it is not ordinary.
-template <typename Stream>
+template <int KIND, typename Stream>
 A8_FN void a8_store_unit(const a8_element_job& job, const Stream& to, const a8_nf4_table* table, const a8_lane_eight& x,
                          unsigned long long* left) {
   bool log8 = Stream::kSecond && to.second.type == A8_LOG8;
@@ -148,13 +148,15 @@ A8_FN void a8_store_unit(const a8_element_job& job, const Stream& to, const a8_n
     if (a8_lane() == 0) a8_leave_unit(left, to.unit);
     return;
   }
+  const bool stochastic = job.rule.flags & A8_STOCHASTIC_STATE;
+  const uint32_t phase = a8_phase_at(job.phase, 8 * to.k);
   if (log8)
-    a8_put_lane_log8(to.second, to.k, x.second, low, high, x.header, job.rule.flags & A8_STOCHASTIC_STATE,
-                     a8_phase_at(job.phase, 8 * to.k));
+    a8_put_lane_log8(to.second, to.k, x.second, low, high, x.header, stochastic, phase);
   else if (Stream::kSecond && to.second.type == A8_STATE_F32)
     a8_put_lane_values<A8_F32>(a8_eight_of(to.second, to.k), x.second);
-  if (Stream::kFirst) a8_put_lane_moment(to.first, to.k, table, x.first, most);
-  if (Stream::kThird) a8_put_lane_moment(to.third, to.k, table, x.third, third_most);
+  const bool by_phases = a8_rule_phases_first(KIND) && stochastic;
+  if (Stream::kFirst) a8_put_lane_moment(to.first, to.k, table, x.first, most, by_phases, phase);
+  if (Stream::kThird) a8_put_lane_moment(to.third, to.k, table, x.third, third_most, false, 0);
   a8_put_lane(to.param, to.k, x.p, job.rule.flags & A8_STOCHASTIC_WRITE, job.write);
 }
 
@@ -172,7 +174,7 @@ A8_FN void a8_lanes_run(const a8_element_job& job, char* arena, const a8_nf4_tab
     stream.read(job.rule, table, &x);
 #pragma unroll
     for (int i = 0; i < 8; ++i) x.p[i] = a8_rule_param(&job.rule, x.p[i], a8_update_of_eight<KIND>(job.rule, &x, i));
-    a8_store_unit(job, stream, table, x, left);
+    a8_store_unit<KIND>(job, stream, table, x, left);
   }
 }
 

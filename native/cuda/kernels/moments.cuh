@@ -113,14 +113,14 @@ A8_FN a8_moment_pairs a8_load_moments(const a8_span& span, const a8_moment_room*
   return x;
 }
 
-// stochastic: how log8 rounds; phase: of element e.
+// stochastic: how log8 rounds; first_too: and an int8 first moment; phase: of element e.
 A8_FN void a8_store_moments(const a8_span& span, const a8_moment_room* room, uint32_t e, const a8_moment_pairs& x,
-                            bool third, bool stochastic, uint32_t phase) {
+                            bool third, bool stochastic, bool first_too, uint32_t phase) {
   const a8_tensor* t = span.tensor;
   int64_t pair = (span.from + e) / 2;
   bool both = e + 1 < span.count;
-  a8_store_moment(t->first, t->first_format, pair, both, x.first, room->new_first[e >> span.first_shift], false, 0,
-                  room->levels);
+  a8_store_moment(t->first, t->first_format, pair, both, x.first, room->new_first[e >> span.first_shift],
+                  stochastic && first_too, phase, room->levels);
   a8_store_moment(t->second, t->second_format, pair, both, x.second, room->new_second[e >> span.second_shift],
                   stochastic, phase, room->levels);
   if (third)

@@ -50,7 +50,8 @@ struct a8_fast_rule : a8_fast_lanes<kParam, kGrad, false> {
     a8_fast_place to = at;
     Lanes::advance(&to, -Lanes::kStages);
     Lanes::store_param(job, to, pair, p);
-    Lanes::store_first(to, m, most_bits == 0 ? 0.0f : a8_exact_div(A8_INT8_LEVELS, most));
+    float inverse = most_bits == 0 ? 0.0f : a8_exact_div(A8_INT8_LEVELS, most);
+    Lanes::template store_first<KIND>(job, to, pair, m, inverse);
     if ((threadIdx.x & 15u) == 0)
       __stcs(reinterpret_cast<float*>(to.first_block), most_bits == 0 ? 0.0f : a8_exact_div_127(most));
   }

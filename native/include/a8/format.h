@@ -119,7 +119,8 @@ A8_FN float a8_absmax_scale(uint32_t absmax_bits, float levels) {
   return a8_absmax_finite(absmax_bits) ? scale : a8_float(0x7fc00000u);
 }
 
-// int8: linear, to nearest even. inverse = 127 / absmax, scale = absmax / 127.
+// int8: linear, to nearest even, or by phases as log8 (docs/decisions/0019). inverse = 127 / absmax, scale = absmax /
+// 127.
 #define A8_INT8_LEVELS 127.0f
 // The code in the low byte: adding 1.5 * 2^23 leaves the rounded integer there, one add where a conversion costs
 // several.
@@ -127,7 +128,15 @@ template <typename F>
 A8_FN auto a8_int8_bits(F x, float inverse) {
   return a8_bits(x * inverse + 12582912.0f);
 }
-A8_FN int32_t a8_int8_encode(float x, float inverse) { return (int32_t)(a8_int8_bits(x, inverse) - 0x4b400000u); }
+// offset: as of log8, A8_LOG8_NEAREST for the same as above. The bounds keep the largest value from the next code.
+template <typename F>
+A8_FN auto a8_int8_bits(F x, float inverse, F offset) {
+  F moved = x * inverse + (offset - 1.5f);
+  return a8_bits(a8_at_least(a8_at_most(moved, F{} + A8_INT8_LEVELS), F{} - A8_INT8_LEVELS) + 12582912.0f);
+}
+A8_FN int32_t a8_int8_encode(float x, float inverse, float offset) {
+  return (int32_t)(a8_int8_bits(x, inverse, offset) - 0x4b400000u);
+}
 template <typename I>
 A8_FN auto a8_int8_decode(I code, float scale) {
   return a8_to_float(code) * scale;
