@@ -92,6 +92,7 @@ FAMILIES: dict[str, tuple[Candidate, ...]] = {
     ),
     "classics": (
         _ours("Lion8bit", _LION),
+        _ours("Lion8bit, to nearest", _LION, stochastic_rounding=False),
         _bitsandbytes("Lion8bit", _LION),
         _ours("RMSprop8bit", _RMSPROP),
         _bitsandbytes("RMSprop8bit", _RMSPROP),
