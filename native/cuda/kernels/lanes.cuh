@@ -210,8 +210,8 @@ A8_FN uint32_t a8_lane_most(const a8_lane_array& of, const float* x) {
 // Whether a8_put_lane_moment takes a moment of which this is a8_lane_most.
 A8_FN bool a8_is_ordinary_lane(uint32_t most) { return a8_is_ordinary_first(most) && a8_has_exact_reciprocal(most); }
 
-// A moment that is not log8. most: its a8_lane_most, which a8_is_ordinary_lane. by_phases: how int8 rounds; phase: of the
-// lane's first element then.
+// A moment that is not log8. most: its a8_lane_most, which a8_is_ordinary_lane. by_phases: how int8 rounds; phase: of
+// the lane's first element then.
 A8_FN void a8_put_lane_moment(const a8_lane_array& to, uint32_t k, const a8_nf4_table* table, const float* x,
                               uint32_t most, bool by_phases, uint32_t phase) {
   char* values = a8_eight_of(to, k);

@@ -119,8 +119,8 @@ A8_FN float a8_absmax_scale(uint32_t absmax_bits, float levels) {
   return a8_absmax_finite(absmax_bits) ? scale : a8_float(0x7fc00000u);
 }
 
-// int8: linear, to nearest even, or by phases as log8 (docs/decisions/0019). inverse = 127 / absmax, scale = absmax /
-// 127.
+// int8: linear, to nearest even, or by phases as log8 (docs/decisions/0019).
+// inverse = 127 / absmax, scale = absmax / 127.
 #define A8_INT8_LEVELS 127.0f
 // The code in the low byte: adding 1.5 * 2^23 leaves the rounded integer there, one add where a conversion costs
 // several.

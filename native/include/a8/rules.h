@@ -25,8 +25,8 @@ typedef struct a8_rule {
 // Which sums over the tensor a rule needs before it can be applied: of p^2 and of a8_rule_measure.
 A8_FN bool a8_rule_has_norm(uint32_t kind) { return kind == A8_LAMB || kind == A8_LARS; }
 
-// Whether an int8 first moment is rounded by phases where A8_STOCHASTIC_STATE is set: Lion's is slow, and small values of
-// it matter as much as large ones (docs/decisions/0019).
+// Whether an int8 first moment is rounded by phases where A8_STOCHASTIC_STATE is set: Lion's is slow, and small values
+// of it matter as much as large ones (docs/decisions/0019).
 A8_FN bool a8_rule_phases_first(uint32_t kind) { return kind == A8_LION; }
 
 // LARS's coefficient: trust * |p| / (|g| + weight_decay * |p|), 1 where a norm is zero.
