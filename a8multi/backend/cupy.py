@@ -58,6 +58,7 @@ _KERNELS = {
     "schedule": ("derive",),
     "screen": ("screen",),
 }
+_ADAFACTOR = ("adafactor_norm_full", "totals")  # one kernel of each file that its steps want
 _FILES = {name: f"cuda/kernels/{file}.cuh" for file, names in _KERNELS.items() for name in names}
 
 
@@ -146,10 +147,16 @@ class CupyBackend:
         with self._on(device):
             self._run(name, grid, *arguments)
 
-    def _batch(self, plan: StepPlan, hypers: np.ndarray, live: Live | None) -> structs.Batch:
-        """The batch of a plan, its hypers derived on the device where steps are counted there."""
+    def _batch(self, plan: StepPlan, hypers: np.ndarray, live: Live | None, *names: str) -> structs.Batch:
+        """The batch of a plan, its hypers derived on the device where steps are counted there.
+
+        names: of kernels that the step will want, which must compile before a counter moves.
+        """
         batch, schedules = marshal.batch_of(plan, hypers, live)
         if live is not None and schedules is not None:
+            with self._on(plan.device):
+                for name in names:
+                    self._kernel(name)
             rows = batch.hyper_count
             tables = np.uint64(schedules), np.uint64(batch.hypers)
             grid = -(-rows // self._threads)
@@ -157,8 +164,9 @@ class CupyBackend:
         return batch
 
     def elementwise(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
-        batch = self._batch(plan, hypers, live)
-        name, chunks = plan.rule.name.lower(), batch.chunk_count
+        name = plan.rule.name.lower()
+        batch = self._batch(plan, hypers, live, name, *(("measure", "totals") if has_norm(plan.rule) else ()))
+        chunks = batch.chunk_count
         # `group`: how many chunks a block of threads takes at a time; any gives the same bits.
         arguments: tuple[ctypes.Structure | np.generic, ...] = (batch, np.uint32(1))
         with self._on(plan.device):
@@ -178,16 +186,16 @@ class CupyBackend:
         self._launch("screen", plan.device, batch.chunk_count, batch, *addresses)
 
     def adafactor(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
-        self._adafactor(plan, self._batch(plan, hypers, live), marshal.scratch_of(plan, live), plan.phases)
+        self._adafactor(plan, self._batch(plan, hypers, live, *_ADAFACTOR), marshal.scratch_of(plan, live), plan.phases)
 
     def sums(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> list[tuple[Tensor, Tensor]]:
         factors = plan.factors
-        self._adafactor(plan, self._batch(plan, hypers, live), plan.scratch, structs.Phase.REDUCE)
+        self._adafactor(plan, self._batch(plan, hypers, live, *_ADAFACTOR), plan.scratch, structs.Phase.REDUCE)
         return factors
 
     def adafactor_scaled(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
         phases = structs.Phase.NORM | structs.Phase.APPLY
-        self._adafactor(plan, self._batch(plan, hypers, live), plan.scratch, phases)
+        self._adafactor(plan, self._batch(plan, hypers, live, *_ADAFACTOR), plan.scratch, phases)
 
     def _adafactor(self, plan: StepPlan, batch: structs.Batch, scratch: Tensor, phases: structs.Phase) -> None:
         """Launches what abi.cu does for these phases."""

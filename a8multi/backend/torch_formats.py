@@ -333,7 +333,8 @@ def encode(
     if blocks is None:
         store(x, codes, start, skip=skip)
         return
-    drawn = None if phase is None else offsets(phase, start, x.numel(), x.device)
+    wanted = phase if fmt.name != "nf4" else None
+    drawn = None if wanted is None else offsets(wanted, start, x.numel(), x.device)
     if fmt.name == "log8":
         before = _headers(blocks, block_size, start, x.numel()) if keep_grid else None
         new_codes, new_blocks = encode_log8(x, block_size, drawn, before)

@@ -177,18 +177,23 @@ class LowBitOptimizer(torch.optim.Optimizer):
             if roster is not None:
                 roster.drop_grads()
         self._roster = roster
-        self._has_run |= not capturing
+        self._has_run |= bool(roster.works) and not capturing
         return loss
 
     # --- One step. ---
 
     def _is_captured(self) -> bool:
-        """Whether the stream of the parameters' device is being captured in a CUDA graph."""
+        """Whether the stream of one of the parameters' devices is being captured in a CUDA graph."""
         if not torch.cuda.is_initialized():
             return False
-        device = next((param.device for group in self.param_groups for param in group["params"]), None)
-        with streams.on(device) if device is not None and device.type == "cuda" else nullcontext():
-            return torch.cuda.is_current_stream_capturing()
+        devices = set(self._roster.works) if self._roster is not None else set()
+        if not devices:
+            devices = {param.device for group in self.param_groups for param in group["params"]}
+        for device in devices:
+            with streams.on(device) if device.type == "cuda" else nullcontext():
+                if torch.cuda.is_current_stream_capturing():
+                    return True
+        return False
 
     def _check_capturable(self) -> None:
         for where, group in enumerate(self.param_groups):
@@ -199,11 +204,14 @@ class LowBitOptimizer(torch.optim.Optimizer):
                     f"with capturable=True"
                 )
         if not self._has_run:
-            raise RuntimeError(
-                f"step() of {type(self).__name__} is being captured in a CUDA graph before it has run since the "
-                f"optimizer was built or loaded: what it makes once would belong to the graph. Take a step before the "
-                f"capture"
-            )
+            raise self._captured_too_early()
+
+    def _captured_too_early(self) -> RuntimeError:
+        return RuntimeError(
+            f"step() of {type(self).__name__} is being captured in a CUDA graph before it has run like this since the "
+            f"optimizer was built or loaded: what it makes once would belong to the graph. Take a step before the "
+            f"capture"
+        )
 
     def _survey(self, capturing: bool) -> Roster:
         """Parameters with gradients by device, all checked and with their states: the next thing is to update them."""
@@ -268,16 +276,16 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
     def _check_states(self, work: Work) -> None:
         """Raise StateFormatError for a state that cannot be brought into its group's formats; nothing is written."""
-        for number, state, group, param in zip(work.numbers, work.states, work.groups, work.params, strict=True):
+        work.moments = [self._moments(group, param) for group, param in zip(work.groups, work.params, strict=True)]
+        for number, state, param, moments in zip(work.numbers, work.states, work.params, work.moments, strict=True):
             try:
-                state_of.check(state, param, self._moments(group, param))
+                state_of.check(state, param, moments)
             except StateFormatError as error:
                 raise StateFormatError(f"{self._name(number)}: {error}") from None
 
     def _plan(self, work: Work, capturing: bool) -> None:
         """Make the states of all parameters, or bring them into their groups' formats, and plan the contiguous ones."""
-        formats = [self._moments(group, param) for group, param in zip(work.groups, work.params, strict=True)]
-        wanted = zip(work.states, work.params, formats, work.groups, strict=True)
+        wanted = zip(work.states, work.params, work.moments, work.groups, strict=True)
         arguments = [(state, param, m, state_of.counts_on_device(group)) for state, param, m, group in wanted]
         if capturing:
             # Made now, it would belong to the graph, and every replay would start it anew.
@@ -300,7 +308,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
     def _item(self, work: Work, index: int, param: Tensor) -> Item:
         owner, state, number = work.params[index], work.states[index], work.numbers[index]
-        moments = self._moments(work.groups[index], owner)
+        moments = work.moments[index]
         rows, cols = matrix_shape(owner.shape) if moments.factored else (0, 0)
         return Item(
             param=param,
@@ -320,7 +328,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         backends = [self._backend(work.device) for work in works]
         for group in {id(group): group for work in works for group, _, _ in work.row_keys}.values():
             check_lr(group["lr"])
-        screen = self._screen_of(works)
+        screen = self._screen_of(works, capturing)
         flags = {} if screen is None else screen.found
         tables = [self._tables(work, capturing, flags.get(work.device)) for work in works]
         for work in works:
@@ -340,13 +348,16 @@ class LowBitOptimizer(torch.optim.Optimizer):
     def _tables(self, work: Work, capturing: bool, skip: Tensor | None) -> tuple[np.ndarray, Live | None]:
         return hypers_of(work, self._hyper, self._schedule, capturing, skip)
 
-    def _screen_of(self, works: list[Work]) -> Screen | None:
+    def _screen_of(self, works: list[Work], capturing: bool) -> Screen | None:
         """The flags of the devices, where steps may be skipped."""
         if not self._step_supports_amp_scaling:
             return None
         if self._screen is None:
             self._screen = Screen()
-        self._screen.prepare([work.device for work in works])
+        devices = [work.device for work in works]
+        if capturing and not self._screen.knows(devices):
+            raise self._captured_too_early()
+        self._screen.prepare(devices)
         return self._screen
 
     def _look_at_gradients(self, screen: Screen, runs: list[tuple[Work, Backend, Any]]) -> None:
@@ -376,7 +387,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         finally:
             # Kernels write through raw pointers: without this autograd would not notice a parameter saved for backward.
             # A step that fails may have written some.
-            _bump_versions(work.params)
+            bump_versions(work.params)
         if plan.squares is not None:
             asked = (hypers["flags"] & Flag.SCALE_PARAMETER) != 0
             plan.squares.leave(asked[plan.tensors["hyper"]])
@@ -393,7 +404,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
                 work.params[i].copy_(item.param)
 
 
-def _bump_versions(params: list[Tensor]) -> None:
+def bump_versions(params: list[Tensor]) -> None:
+    """Tell autograd that these were written."""
     try:
         torch.autograd.graph.increment_version(params)
     except TypeError:  # torch < 2.6 takes one tensor

@@ -23,7 +23,8 @@ _FLAGS = (
 
 def check_number(name: str, value: Any, least: float, below: float = math.inf, *, least_open: bool = False) -> None:
     """Raise ValueError unless ``value`` is a finite number in [least, below)."""
-    one = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, numbers.Real)
+    is_tensor = isinstance(value, Tensor)
+    one = value.numel() == 1 and not value.is_complex() if is_tensor else isinstance(value, numbers.Real)
     number = float(value) if one and not isinstance(value, bool) else math.nan
     if not (least <= number < below) or (least_open and number == least):
         bounds = f"{'>' if least_open else '>='} {least:g}" + ("" if below == math.inf else f" and < {below:g}")

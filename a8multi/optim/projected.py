@@ -18,7 +18,7 @@ from a8multi.errors import StateFormatError
 from a8multi.loader.structs import Flag, ScheduleRule
 from a8multi.plan import Moments, MomentSpec, Schedule, matrix_shape
 
-from .base import LowBitOptimizer
+from .base import LowBitOptimizer, bump_versions
 from .checks import check_number
 from .elementwise import averages, moment_spec
 from .hypers import hypers_of
@@ -203,20 +203,27 @@ class ProjectedOptimizer(LowBitOptimizer):
     def _run(self, work: Work, backend: Backend, hypers: np.ndarray, *more: Any) -> None:
         # Before the base class counts the parameters as written.
         if work.projected:
-            step: _Projecting = work.projecting
-            work.projecting = None
-            if step.projection is not None:
-                step.projection.run(backend, work, step.tables, step.drawn)
-            for index in step.apart(work):
-                param = work.params[index]
-                copy = param.contiguous()
-                self._projection(work, [index], [copy]).run(backend, work, step.tables, step.drawn)
-                if copy is not param:
-                    param.copy_(copy)
-            scaled = step.tables.scaled[1]
-            for live in more:
-                live.staged_bytes += scaled.staged_bytes if scaled is not None else 0
+            try:
+                self._run_projected(work, backend, *more)
+            except BaseException:
+                bump_versions([work.params[i] for i in work.projected])
+                raise
         super()._run(work, backend, hypers, *more)
+
+    def _run_projected(self, work: Work, backend: Backend, *more: Any) -> None:
+        step: _Projecting = work.projecting
+        work.projecting = None
+        if step.projection is not None:
+            step.projection.run(backend, work, step.tables, step.drawn)
+        for index in step.apart(work):
+            param = work.params[index]
+            copy = param.contiguous()
+            self._projection(work, [index], [copy]).run(backend, work, step.tables, step.drawn)
+            if copy is not param:
+                param.copy_(copy)
+        scaled = step.tables.scaled[1]
+        for live in more:
+            live.staged_bytes += scaled.staged_bytes if scaled is not None else 0
 
 
 @dataclass

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from a8multi.plan import StepPlan
+from a8multi.plan import Moments, StepPlan
 
 from .reader import TensorReader, UnreadableError, check_values
 
@@ -38,6 +38,7 @@ class Work:
         row_keys: for each row its group, the steps that its parameters have taken and their type. Parameters whose
             steps are counted on the device have a row each, and their counter in the place of a number.
         outlines: what hypers.py keeps of the table of hyper-parameters while no option changes.
+        moments: of each parameter, as its group wants it stored.
         plan: of all but those two; set when everything has been checked.
         projection, drawn: the plans of the projected ones, and their random matrices; None: there are none.
         projecting: while a step runs, what the projected ones take for it.
@@ -58,6 +59,7 @@ class Work:
         self.groups: list[Group] = []
         self.numbers: list[int] = []
         self.states: list[State] = []
+        self.moments: list[Moments] = []
         self.strided: list[int] = []
         self.projected: list[int] = []
         self.rows: list[int] = []

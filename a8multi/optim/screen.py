@@ -26,6 +26,10 @@ class Screen:
         self._skipped: dict[torch.device, Tensor] = {}
         self._followed: dict[torch.device, Followed] = {}
 
+    def knows(self, devices: Iterable[torch.device]) -> bool:
+        """Whether there are flags for all of these devices."""
+        return set(devices) <= set(self._flags)
+
     def prepare(self, devices: Iterable[torch.device]) -> None:
         """For a step of parameters on these devices, not the same ones in each step."""
         self.found = {}

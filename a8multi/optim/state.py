@@ -252,8 +252,8 @@ def _misfit(name: str, state: State, shape: torch.Size) -> StateFormatError:
 
 def _factors(state: State, slot: _Slot, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Row and column means that are held, if they are those of this shape."""
-    row, col = state[slot.row], state[slot.col]
-    if len(shape) < 2 or (row.numel(), col.numel()) != matrix_shape(shape):
+    row, col = state[slot.row], state.get(slot.col)
+    if col is None or len(shape) < 2 or (row.numel(), col.numel()) != matrix_shape(shape):
         raise _misfit(slot.row, state, shape)
     return row, col
 

@@ -319,3 +319,19 @@ def test_options_that_change_between_steps_count(change: dict[str, Any]) -> None
     unchanged = parameters(((48, 96), (96, 48)))
     run(a8multi.Adafactor8bit(unchanged, lr=1e-2, beta1=0.9, apollo_rank=8), unchanged, range(4))
     assert not torch.equal(unchanged[0], params[0])
+
+
+def test_a_step_that_fails_counts_as_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The projected parameters may have been written when a later call fails; autograd has to know."""
+    params = parameters([(48, 96), (96, 48)])
+    optimizer = a8multi.APOLLO8bit(params, rank=8)
+    run(optimizer, params, range(1))
+    versions = [param._version for param in params]
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(type(optimizer._backend(params[0].device)), "adafactor_scaled", fail)
+    with pytest.raises(RuntimeError, match="device is gone"):
+        run(optimizer, params, range(1, 2))
+    assert all(param._version > before for param, before in zip(params, versions, strict=True))

@@ -227,7 +227,7 @@ def test_a_capture_needs_a_step_before(make: Any, capture: Any, monkeypatch: pyt
     optimizer = make(params, capturable=True)
     with monkeypatch.context() as pretended:
         capture(pretended)
-        with pytest.raises(RuntimeError, match=r"before it has run since .* built or loaded"):
+        with pytest.raises(RuntimeError, match=r"before it has run like this since .* built or loaded"):
             run(optimizer, params, range(1))
         assert not optimizer.state
     run(optimizer, params, range(1))
@@ -235,7 +235,7 @@ def test_a_capture_needs_a_step_before(make: Any, capture: Any, monkeypatch: pyt
     before = snapshot(optimizer, params)
     with monkeypatch.context() as pretended:
         capture(pretended)
-        with pytest.raises(RuntimeError, match=r"before it has run since .* built or loaded"):
+        with pytest.raises(RuntimeError, match=r"before it has run like this since .* built or loaded"):
             run(optimizer, params, range(1, 2))
     assert not differences(snapshot(optimizer, params), before)
     run(optimizer, params, range(1, 2))
@@ -245,6 +245,28 @@ def test_a_capture_needs_a_step_before(make: Any, capture: Any, monkeypatch: pyt
     with pytest.raises(RuntimeError, match=r"param_groups\[1\]\['params'\]\[0\] is not there yet"):
         run(optimizer, [*params, *late], range(2, 3))
     assert late[0] not in optimizer.state
+
+
+def test_a_capture_needs_a_step_that_did_something(capture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients, and with the flags of skip_nonfinite: a graph that makes them clears them at every replay."""
+    params = parameters(SHAPES)
+    optimizer = a8multi.AdamW8bit(params, capturable=True, skip_nonfinite=True)
+    run(optimizer, params, range(1))
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.zero_grad(set_to_none=True)
+    optimizer.step()
+    with monkeypatch.context() as pretended:
+        capture(pretended)
+        with pytest.raises(RuntimeError, match=r"before it has run like this"):
+            run(optimizer, params, range(1, 2))
+    optimizer = a8multi.AdamW8bit(params, capturable=True)
+    run(optimizer, params, range(1))
+    before = snapshot(optimizer, params)
+    optimizer.param_groups[0]["skip_nonfinite"] = True
+    capture(monkeypatch)
+    with pytest.raises(RuntimeError, match=r"before it has run like this"):
+        run(optimizer, params, range(1, 2))
+    assert not differences(snapshot(optimizer, params), before)
 
 
 @makes

@@ -173,7 +173,7 @@ def test_the_whole_of_a_training_step(make: Any, backend: BackendCase) -> None:
 
 
 @compiled
-@pytest.mark.parametrize(("capturable", "words"), [(False, "capturable=True"), (True, "before it has run")])
+@pytest.mark.parametrize(("capturable", "words"), [(False, "capturable=True"), (True, "before it has run like this")])
 @makes
 def test_a_capture_needs_capturable_and_a_step(make: Any, capturable: bool, words: str, backend: BackendCase) -> None:
     params = parameters(SHAPES, device="cuda")

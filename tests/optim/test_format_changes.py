@@ -185,3 +185,12 @@ def test_another_rank_is_refused_before_anything_is_written(before: int, after: 
     del optimizer.state[params[1]]
     run(optimizer, params, range(2, 3))
     assert optimizer.state[params[1]]["step"] == 1
+
+
+def test_half_of_a_factored_moment_is_refused() -> None:
+    params = parameters([(65, 300)])
+    optimizer = a8multi.Adafactor8bit(params)
+    run(optimizer, params, range(1))
+    del optimizer.state[params[0]]["col_var"]
+    with pytest.raises(StateFormatError, match="row_var in the state"):
+        run(optimizer, params, range(1, 2))

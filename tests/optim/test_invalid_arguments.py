@@ -17,7 +17,7 @@ SHAPES = ((4097,), (65, 300), (129,))
 NAN, INF = math.nan, math.inf
 COMMON: list[tuple[str, Any, str]] = [
     *(("lr", value, "lr") for value in (NAN, INF, -1.0, "fast", None, torch.tensor(NAN), torch.ones(2))),
-    *(("weight_decay", value, "weight_decay") for value in (NAN, INF, -0.1, None)),
+    *(("weight_decay", value, "weight_decay") for value in (NAN, INF, -0.1, None, torch.tensor(0.1j))),
     *(("seed", value, "seed") for value in (-1, 2**64, 1.5, None)),
     *(("block_size", value, "block_size") for value in (0, 16, 31, 100, 8192, 128.0, None)),
     *(("first_moment", value, "first_moment") for value in ("fp8", "log8", None, 8)),
