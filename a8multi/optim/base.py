@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,10 +21,9 @@ from a8multi.backend.registry import backend_for
 from a8multi.errors import StateFormatError
 from a8multi.loader.structs import Flag, RuleKind
 from a8multi.plan import Item, Live, Moments, Schedule, StepPlan, matrix_shape
-from a8multi.plan.step_plan import DTYPES
 
 from . import state as state_of
-from .checks import check_lr, check_param
+from .checks import check_grad, check_lr, check_param
 from .hypers import hypers_of
 from .roster import Group, Roster, Work
 from .screen import Screen
@@ -209,8 +209,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
     def _captured_too_early(self) -> RuntimeError:
         return RuntimeError(
             f"step() of {type(self).__name__} is being captured in a CUDA graph before it has run like this since the "
-            f"optimizer was built or loaded: what it makes once would belong to the graph. Take a step before the "
-            f"capture"
+            f"optimizer was built or loaded: what it makes once would belong to the graph. Take a step before"
         )
 
     def _survey(self, capturing: bool) -> Roster:
@@ -228,7 +227,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 grad = param.grad
                 if grad is not None:
-                    self._check_grad(param, grad, number)
+                    check_grad(param, grad, partial(self._name, number))
                 if grad is None or not param.numel():
                     roster.idle.append(param)
                 else:
@@ -244,22 +243,6 @@ class LowBitOptimizer(torch.optim.Optimizer):
             self._plan(work, capturing)
         roster.remember()
         return roster
-
-    def _check_grad(self, param: Tensor, grad: Tensor, number: int) -> None:
-        if grad.layout is not torch.strided:
-            raise ValueError(
-                f"gradient of {self._name(number)}: sparse gradients are not supported; build the embedding with "
-                f"sparse=False"
-            )
-        if grad.dtype not in DTYPES or param.dtype not in DTYPES:
-            raise ValueError(
-                f"gradient of {self._name(number)}: {grad.dtype} for a parameter of {param.dtype} is not supported"
-            )
-        if grad.shape != param.shape or grad.device != param.device:
-            raise ValueError(
-                f"gradient of {self._name(number)}: shape {tuple(grad.shape)} on {grad.device} does not fit the "
-                f"parameter's {tuple(param.shape)} on {param.device}"
-            )
 
     def _name(self, number: int) -> str:
         """The parameter's name where the groups have names (torch >= 2.6), else its number."""
@@ -378,19 +361,24 @@ class LowBitOptimizer(torch.optim.Optimizer):
         screen.look_at(work.device, [work.grads[i] for i in work.strided], scale)
 
     def _run(self, work: Work, backend: Backend, hypers: Any, *more: Any) -> None:
-        plan, run = work.plan, getattr(backend, self._op)
         try:
-            if plan.items:
-                run(plan, hypers, *more)
-            for indices in work.strided_waves():
-                self._update_strided(run, work, indices, hypers, *more)
+            self._write(work, backend, hypers, *more)
         finally:
             # Kernels write through raw pointers: without this autograd would not notice a parameter saved for backward.
             # A step that fails may have written some.
-            bump_versions(work.params)
+            _bump_versions(work.params)
+        plan = work.plan
         if plan.squares is not None:
             asked = (hypers["flags"] & Flag.SCALE_PARAMETER) != 0
             plan.squares.leave(asked[plan.tensors["hyper"]])
+
+    def _write(self, work: Work, backend: Backend, hypers: Any, *more: Any) -> None:
+        """All parameters of a work and their states."""
+        run = getattr(backend, self._op)
+        if work.plan.items:
+            run(work.plan, hypers, *more)
+        for indices in work.strided_waves():
+            self._update_strided(run, work, indices, hypers, *more)
 
     def _update_strided(self, run: Callable[..., None], work: Work, indices: list[int], *hypers: Any) -> None:
         """Parameters that are not contiguous, or whose gradients are not, by way of copies."""
@@ -404,8 +392,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
                 work.params[i].copy_(item.param)
 
 
-def bump_versions(params: list[Tensor]) -> None:
-    """Tell autograd that these were written."""
+def _bump_versions(params: list[Tensor]) -> None:
     try:
         torch.autograd.graph.increment_version(params)
     except TypeError:  # torch < 2.6 takes one tensor

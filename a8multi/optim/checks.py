@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from a8multi.plan.step_plan import DTYPES
@@ -54,6 +55,22 @@ def check_flags(group: dict[str, Any], names: Mapping[str, str] = MappingProxyTy
     for name in _FLAGS:
         if not isinstance(group.get(name, False), bool):
             raise ValueError(f"{names.get(name, name)} must be True or False, not {group[name]!r}")
+
+
+def check_grad(param: Tensor, grad: Tensor, name: Callable[[], str]) -> None:
+    """Raise ValueError unless a step takes the gradient. name: of the parameter."""
+    if grad.layout is not torch.strided:
+        problem = "sparse gradients are not supported; build the embedding with sparse=False"
+    elif grad.dtype not in DTYPES or param.dtype not in DTYPES:
+        problem = f"{grad.dtype} for a parameter of {param.dtype} is not supported"
+    elif grad.shape != param.shape or grad.device != param.device:
+        problem = (
+            f"shape {tuple(grad.shape)} on {grad.device} does not fit the parameter's {tuple(param.shape)} on "
+            f"{param.device}"
+        )
+    else:
+        return
+    raise ValueError(f"gradient of {name()}: {problem}")
 
 
 def check_param(param: Tensor) -> None:

@@ -18,7 +18,7 @@ from a8multi.errors import StateFormatError
 from a8multi.loader.structs import Flag, ScheduleRule
 from a8multi.plan import Moments, MomentSpec, Schedule, matrix_shape
 
-from .base import LowBitOptimizer, bump_versions
+from .base import LowBitOptimizer
 from .checks import check_number
 from .elementwise import averages, moment_spec
 from .hypers import hypers_of
@@ -39,7 +39,7 @@ class ProjectedOptimizer(LowBitOptimizer):
     # Options of the groups that the constructor of a subclass calls otherwise, and how: for messages.
     _named: ClassVar[Mapping[str, str]] = {}
     _has_warned = False
-    # To which rank the state of each parameter was projected, as far as this optimizer has stepped; 0: not at all.
+    # To which rank the state of each parameter is projected, if it has one, as far as this optimizer knows; 0: not.
     _ranks: dict[Tensor, int]
 
     def __init__(self, params: Iterable[Any], defaults: Group) -> None:
@@ -140,13 +140,11 @@ class ProjectedOptimizer(LowBitOptimizer):
                     f"but its moments are those of the gradient projected to {before or 'no'} rank. Set it back, or "
                     f"delete the parameter's entry of optimizer.state to start them anew"
                 )
+            self._ranks[param] = rank
         super()._check_states(work)
 
     def _plan(self, work: Work, capturing: bool) -> None:
         super()._plan(work, capturing)
-        self._ranks.update(
-            (param, self._rank(group, param)) for group, param in zip(work.groups, work.params, strict=True)
-        )
         work.projection, work.drawn = None, Drawn()
         self._warn_of_rank(work)
 
@@ -200,17 +198,12 @@ class ProjectedOptimizer(LowBitOptimizer):
                 step.projection.screen(backend, work, scale, screen.found[work.device], step.tables)
             screen.look_at(work.device, [work.grads[i] for i in step.apart(work)], scale)
 
-    def _run(self, work: Work, backend: Backend, hypers: np.ndarray, *more: Any) -> None:
-        # Before the base class counts the parameters as written.
+    def _write(self, work: Work, backend: Backend, hypers: np.ndarray, *more: Any) -> None:
         if work.projected:
-            try:
-                self._run_projected(work, backend, *more)
-            except BaseException:
-                bump_versions([work.params[i] for i in work.projected])
-                raise
-        super()._run(work, backend, hypers, *more)
+            self._write_projected(work, backend, *more)
+        super()._write(work, backend, hypers, *more)
 
-    def _run_projected(self, work: Work, backend: Backend, *more: Any) -> None:
+    def _write_projected(self, work: Work, backend: Backend, *more: Any) -> None:
         step: _Projecting = work.projecting
         work.projecting = None
         if step.projection is not None:
