@@ -11,6 +11,7 @@ from torch import Tensor
 
 from a8multi.backend.base import Backend
 from a8multi.backend.registry import backend_for, use_backend
+from a8multi.loader import geometry
 from a8multi.loader.structs import RuleKind
 from a8multi.plan import Item, Moments, MomentSpec, Schedule, StepPlan, matrix_shape
 from a8multi.plan.step_plan import HYPER
@@ -102,6 +103,23 @@ def tensors_of(plan: StepPlan) -> list[dict[str, Tensor]]:
 def backend_named(name: str, op: str) -> Backend:
     with use_backend(name):
         return backend_for(torch.device("cpu"), op)
+
+
+# --- Sums, as every compiled backend makes them. ---
+
+
+def canonical_sum(values: np.ndarray) -> np.ndarray:
+    """In the canonical order (docs/decisions/0004): 256 accumulators, folded in halves."""
+    lanes = geometry()["A8_LANES"]
+    padded = np.zeros(-(-len(values) // lanes) * lanes, np.float32)
+    padded[: len(values)] = values
+    total = np.zeros(lanes, np.float32)
+    for row in padded.reshape(-1, lanes):
+        total = total + row
+    while len(total) > 1:
+        half = len(total) // 2
+        total = total[:half] + total[half:]
+    return total[0]
 
 
 # --- Comparisons. ---

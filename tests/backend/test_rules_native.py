@@ -20,31 +20,17 @@ from a8multi.loader.structs import Flag, Phase, RuleKind
 from a8multi.plan.step_plan import has_norm
 
 from .native_cases import CASES, DTYPES, SIZES, Case, bytes_of, differences, hypers_of, params_of, plan_for
-from .plans import run, spread, tensors_of
+from .plans import canonical_sum, run, spread, tensors_of
 
 # --- With float32 state: numpy's float32 is the same arithmetic. ---
 
 ONE = np.float32(1)
 
 
-def sum_of(values: np.ndarray) -> np.ndarray:
-    """In the canonical order (docs/decisions/0004): 256 accumulators, folded in halves."""
-    lanes = geometry()["A8_LANES"]
-    padded = np.zeros(-(-len(values) // lanes) * lanes, np.float32)
-    padded[: len(values)] = values
-    total = np.zeros(lanes, np.float32)
-    for row in padded.reshape(-1, lanes):
-        total = total + row
-    while len(total) > 1:
-        half = len(total) // 2
-        total = total[:half] + total[half:]
-    return total[0]
-
-
 def norm_of(values: np.ndarray) -> np.ndarray:
     size = geometry()["A8_CHUNK"]
-    chunks = [sum_of(values[k : k + size] ** 2) for k in range(0, len(values), size)]
-    return np.sqrt(sum_of(np.array(chunks, np.float32)))
+    chunks = [canonical_sum(values[k : k + size] ** 2) for k in range(0, len(values), size)]
+    return np.sqrt(canonical_sum(np.array(chunks, np.float32)))
 
 
 def expected_step(case: Case, h: np.ndarray, p: np.ndarray, g: np.ndarray, m: dict[str, np.ndarray]) -> np.ndarray:

@@ -194,6 +194,10 @@ def vector_cases(firsts: tuple[str, ...], limited: bool = False) -> tuple[Case, 
         *(case(1536, k, first, odd=True) for k, first in enumerate(firsts)),
         case(16392, 2, firsts[0]),
         case(17000, 0, firsts[-1], exchanged=True),
+        # Runs of chunks: their ends, one that is cut off in an eight, and more than a block of threads takes.
+        *(case(n, k, first, block=128) for k, (n, first) in enumerate(((40000, firsts[0]), (33003, firsts[-1])))),
+        *(case(17000, 0, firsts[0], block=block, dtype=F32) for block in (128, 512)),
+        case(134000, 3, firsts[0], block=128, exchanged=True),
     )
 
 

@@ -7,9 +7,8 @@
 // for those with; then limit -> totals. They meet in the scratch.
 #pragma once
 
-#include "adafactor_apply.cuh"
+#include "adafactor_full.cuh"
 #include "adafactor_general.cuh"
-#include "adafactor_norm.cuh"
 #include "adafactor_reduce.cuh"
 #include "adafactor_residual.cuh"
 
@@ -159,14 +158,20 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS)
         tile, [s, v](int64_t row) { return v[row] * s[row]; }, batch.hypers[t->hyper].eps, scratch + t->row_at, room);
 }
 
-// The chunks of one block of threads, a warp each; those that no fast path takes are left to all warps together.
+// Shared memory of the norm and apply phases. What no fast path takes goes the general way, by all warps together.
 typedef struct a8_chunk_room {
   union {
-    a8_square_room general;
+    a8_general_room general;
     alignas(16) char arena[A8_WARPS][A8_ARENA_BYTES];
   };
   a8_nf4_table table;
-  uint32_t left[A8_WARPS];
+  union {
+    uint32_t left[A8_WARPS];  // of the chunks of a block of threads, a warp each, which ones
+    struct {
+      uint32_t at, end;  // numbers of the chunks that are left
+      a8_run_room run;
+    };
+  };
 } a8_chunk_room;
 
 // Blocks of threads that share a multiprocessor: the compiler then allows itself 80 registers, or 128. Before Ampere
@@ -179,115 +184,156 @@ typedef struct a8_chunk_room {
 #endif
 #define A8_TWO_RESIDENT (A8_AMPERE ? 2 : 1)
 
-// Whether this block of threads has a chunk, of `width` from number `first` on, of a tensor of the kind that the kernel
-// is for; mine: whether this warp has. A kernel is launched for the chunks of its kind, or for all when it is not known
-// which they are.
-template <bool kFactored>
-A8_FN bool a8_has_chunks(const a8_batch& batch, uint32_t first, uint32_t width, bool* mine) {
-  uint32_t end = kFactored && batch.factored_chunks ? batch.factored_chunks : batch.chunk_count;
+A8_FN void a8_norm_left(const a8_batch& batch, uint32_t index, float* scratch, a8_chunk_room* room) {
+  const a8_chunk unit = batch.chunks[index];
+  const a8_tensor* t = batch.tensors + unit.tensor;
+  a8_norm_general(t, batch.hypers + t->hyper, unit.part, scratch, &room->general);
+}
+
+A8_FN void a8_apply_left(const a8_batch& batch, uint32_t index, float* scratch, a8_chunk_room* room) {
+  const a8_chunk unit = batch.chunks[index];
+  const a8_tensor* t = batch.tensors + unit.tensor;
+  a8_apply_general(t, batch.hypers + t->hyper, unit.part, scratch, &room->general);
+}
+
+// --- Chunks of factored tensors, a warp each. A kernel is launched for the chunks of its kind, or for all when it is
+// not known which they are. ---
+
+// Whether the block of threads has such a chunk, of A8_WARPS from number `first` on; mine: whether this warp has.
+A8_FN bool a8_has_factored(const a8_batch& batch, uint32_t first, bool* mine) {
+  uint32_t end = batch.factored_chunks ? batch.factored_chunks : batch.chunk_count;
   uint32_t index = first + a8_warp_number();
-  *mine = false;
-  if (index < min(end, first + width))
-    *mine = (batch.tensors[batch.chunks[index].tensor].second_format == A8_FACTORED) == kFactored;
+  *mine = index < end && batch.tensors[batch.chunks[index].tensor].second_format == A8_FACTORED;
   return __syncthreads_or(*mine);
 }
 
-// Sums of p^2 and u^2 of `width` chunks, from number `first` on, by a block of threads.
-template <bool kFactored>
-A8_FN void a8_norm_chunks(const a8_batch& batch, float* scratch, uint32_t first, uint32_t width, a8_chunk_room* room) {
-  uint32_t warp = a8_warp_number(), index = first + warp;
-  bool mine, left = false;
-  if (!a8_has_chunks<kFactored>(batch, first, width, &mine)) return;
-  a8_share_nf4_table(&room->table);
-  __syncthreads();
-  if (mine) {
-    a8_factor_job job = a8_factor_job_of(batch, scratch, index);
-    left = !a8_suits_warp(job);
-    if (!left) a8_norm_warp<kFactored>(job, room->arena[warp], &room->table);
-  }
-  room->left[warp] = left;
+// Ends the fast path of a block's chunks. left: whether the warp's goes the general way.
+A8_FN void a8_leave_chunk(a8_chunk_room* room, bool left) {
+  room->left[a8_warp_number()] = left;
   a8_copies_wait<0>();  // none may land in what the general path writes
   __syncthreads();
-  for (uint32_t i = 0; i < A8_WARPS; ++i) {
-    if (!room->left[i]) continue;
-    a8_chunk unit = batch.chunks[first + i];
-    const a8_tensor* t = batch.tensors + unit.tensor;
-    a8_norm_general(t, batch.hypers + t->hyper, unit.part, scratch, &room->general);
-  }
 }
 
-// One block of threads A8_WARPS chunks, or of the second kind `width`; from the last on, whose gradients the reduce
-// phase has read last.
+// One block of threads A8_WARPS chunks; from the last on, whose gradients the reduce phase has read last.
 extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
     a8_adafactor_norm_factored_kernel(a8_batch batch, float* scratch) {
   __shared__ a8_chunk_room room;
   if (a8_skips(batch)) return;
-  a8_norm_chunks<true>(batch, scratch, (gridDim.x - 1 - blockIdx.x) * A8_WARPS, A8_WARPS, &room);
+  uint32_t first = (gridDim.x - 1 - blockIdx.x) * A8_WARPS, warp = a8_warp_number();
+  bool mine, left = false;
+  if (!a8_has_factored(batch, first, &mine)) return;
+  a8_share_nf4_table(&room.table);
+  __syncthreads();
+  if (mine) {
+    a8_factor_job job = a8_factor_job_of(batch, scratch, first + warp);
+    left = !a8_suits_warp(job);
+    if (!left) a8_norm_warp(job, room.arena[warp], &room.table);
+  }
+  a8_leave_chunk(&room, left);
+  for (uint32_t i = 0; i < A8_WARPS; ++i)
+    if (room.left[i]) a8_norm_left(batch, first + i, scratch, &room);
 }
 
+// One block of threads A8_WARPS chunks.
+extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
+    a8_adafactor_apply_factored_kernel(a8_batch batch, float* scratch) {
+  __shared__ a8_chunk_room room;
+  if (a8_skips(batch)) return;
+  uint32_t first = blockIdx.x * A8_WARPS, warp = a8_warp_number();
+  bool mine, left = false;
+  if (!a8_has_factored(batch, first, &mine)) return;
+  a8_share_nf4_table(&room.table);
+  __syncthreads();
+  if (mine) {
+    a8_factor_job job = a8_factor_job_of(batch, scratch, first + warp);
+    left = !a8_suits_warp(job) || !a8_suits_apply(job);
+    if (!left) {
+      float squares = a8_apply_warp(job, room.arena[warp], &room.table);
+      // The job anew: kept, its pointers would take the registers that the update needs.
+      if (a8_scales(job) && a8_lane() == 0)
+        a8_leave_squares(a8_factor_job_again(batch, scratch, first + warp), squares);
+    }
+  }
+  a8_leave_chunk(&room, left);
+#pragma unroll 1
+  for (uint32_t i = 0; i < A8_WARPS; ++i)
+    if (room.left[i]) a8_apply_left(batch, first + i, scratch, &room);
+}
+
+// --- Chunks of other tensors, in runs. Where the run is stays in shared memory: registers are few. ---
+
+// Begins with the first run of the `width` chunks from number `first` on.
+A8_FN void a8_first_run(const a8_batch& batch, uint32_t first, uint32_t width, a8_chunk_room* room) {
+  a8_share_nf4_table(&room->table);
+  if (threadIdx.x == 0) room->at = first, room->end = min(batch.chunk_count, first + width);
+  __syncthreads();
+}
+
+// Ends the use of the room by a run, and goes on to the next.
+A8_FN void a8_next_run(a8_chunk_room* room) {
+  a8_copies_wait<0>();  // none may land in what the next run writes
+  __syncthreads();
+  if (threadIdx.x == 0) room->at += room->run.chunks;
+  __syncthreads();
+}
+
+// The job of the run.
+A8_FN a8_factor_job a8_this_run(const a8_batch& batch, float* scratch, a8_chunk_room* room) {
+  uint32_t chunks;
+  a8_factor_job job = a8_run_job_of(batch, scratch, room->at, room->end, &chunks);
+  if (threadIdx.x == 0) room->run.chunks = chunks;
+  __syncthreads();
+  return job;
+}
+
+// One block of threads `width` chunks.
 extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
     a8_adafactor_norm_full_kernel(a8_batch batch, float* scratch, uint32_t width) {
   __shared__ a8_chunk_room room;
   if (a8_skips(batch)) return;
-  a8_norm_chunks<false>(batch, scratch, batch.factored_chunks + (gridDim.x - 1 - blockIdx.x) * width, width, &room);
+  uint32_t first = batch.factored_chunks + (gridDim.x - 1 - blockIdx.x) * width;
+#pragma unroll 1
+  for (a8_first_run(batch, first, width, &room); room.at < room.end; a8_next_run(&room)) {
+    const a8_factor_job job = a8_this_run(batch, scratch, &room);
+    if (job.tensor->second_format == A8_FACTORED) continue;
+    if (!a8_suits_warp(job)) {
+      for (uint32_t i = 0; i < room.run.chunks; ++i) a8_norm_left(batch, room.at + i, scratch, &room);
+      continue;
+    }
+    a8_norm_run(batch, scratch, room.at, job, room.arena[a8_warp_number()], &room.table, &room.run);
+    a8_end_norm_run(batch, scratch, room.at, &room.run);
+  }
+}
+
+// One block of threads `width` chunks.
+extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_TWO_RESIDENT)
+    a8_adafactor_apply_full_kernel(a8_batch batch, float* scratch, uint32_t width) {
+  __shared__ a8_chunk_room room;
+  if (a8_skips(batch)) return;
+  uint32_t first = batch.factored_chunks + blockIdx.x * width;
+#pragma unroll 1
+  for (a8_first_run(batch, first, width, &room); room.at < room.end; a8_next_run(&room)) {
+    const a8_factor_job job = a8_this_run(batch, scratch, &room);
+    if (job.tensor->second_format == A8_FACTORED) continue;
+    if (!a8_suits_warp(job) || !a8_suits_apply(job)) {
+      for (uint32_t i = 0; i < room.run.chunks; ++i) a8_apply_left(batch, room.at + i, scratch, &room);
+      continue;
+    }
+    a8_apply_run(job, room.arena[a8_warp_number()], &room.table, &room.run);
+    __syncthreads();
+    if (threadIdx.x >= room.run.chunks) continue;
+    const a8_factor_job mine = a8_factor_job_again(batch, scratch, room.at + threadIdx.x);
+    if (a8_scales(mine)) a8_leave_squares(mine, a8_fold_dealt(room.run.param_squares[threadIdx.x]));
+  }
 }
 
 // The sum of the squares of a chunk's update as CAME leaves it, for tensors whose limiter waits for it. One block of
 // threads a chunk.
 extern "C" __global__ void __launch_bounds__(A8_THREADS) a8_adafactor_limit_kernel(a8_batch batch, float* scratch) {
-  __shared__ a8_square_room room;
+  __shared__ a8_general_room room;
   if (a8_skips(batch)) return;
   a8_chunk unit = batch.chunks[blockIdx.x];
   const a8_tensor* t = batch.tensors + unit.tensor;
   const a8_hyper* h = batch.hypers + t->hyper;
   if (t->limiter && h->flags & A8_AVERAGE_UPDATE) a8_limit_general(t, h, unit.part, scratch, &room);
-}
-
-// Updates what no fast path took, of the chunks of a block of threads.
-static __device__ __noinline__ void a8_apply_left(const a8_tensor* tensors, const a8_hyper* hypers,
-                                                  const a8_chunk* chunks, float* scratch, a8_chunk_room* room) {
-#pragma unroll 1
-  for (uint32_t i = 0; i < A8_WARPS; ++i) {
-    if (!room->left[i]) continue;
-    const a8_tensor* t = tensors + chunks[i].tensor;
-    a8_apply_general(t, hypers + t->hyper, chunks[i].part, scratch, &room->general);
-  }
-}
-
-// Updates `width` chunks, from number `first` on, by a block of threads.
-template <bool kFactored>
-A8_FN void a8_apply_chunks(const a8_batch& batch, float* scratch, uint32_t first, uint32_t width, a8_chunk_room* room) {
-  uint32_t warp = a8_warp_number(), index = first + warp;
-  bool mine, left = false;
-  if (!a8_has_chunks<kFactored>(batch, first, width, &mine)) return;
-  a8_share_nf4_table(&room->table);
-  __syncthreads();
-  if (mine) {
-    a8_factor_job job = a8_factor_job_of(batch, scratch, index);
-    left = !a8_suits_warp(job) || !a8_applies_warp(job);
-    if (!left) {
-      float squares = a8_apply_warp<kFactored>(job, room->arena[warp], &room->table);
-      // The job anew: kept, its pointers would take the registers that the update needs.
-      a8_leave_squares(a8_factor_job_again(batch, scratch, index), squares);
-    }
-  }
-  room->left[warp] = left;
-  a8_copies_wait<0>();  // none may land in what the general path writes
-  __syncthreads();
-  a8_apply_left(batch.tensors, batch.hypers, batch.chunks + first, scratch, room);
-}
-
-// One block of threads A8_WARPS chunks, or of the second kind `width`.
-extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
-    a8_adafactor_apply_factored_kernel(a8_batch batch, float* scratch) {
-  __shared__ a8_chunk_room room;
-  if (a8_skips(batch)) return;
-  a8_apply_chunks<true>(batch, scratch, blockIdx.x * A8_WARPS, A8_WARPS, &room);
-}
-
-extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_TWO_RESIDENT)
-    a8_adafactor_apply_full_kernel(a8_batch batch, float* scratch, uint32_t width) {
-  __shared__ a8_chunk_room room;
-  if (a8_skips(batch)) return;
-  a8_apply_chunks<false>(batch, scratch, batch.factored_chunks + blockIdx.x * width, width, &room);
 }

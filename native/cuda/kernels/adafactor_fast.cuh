@@ -1,6 +1,7 @@
 // Adafactor's update of eight neighbouring elements a lane, for what the fast paths take: arrays aligned to 16 bytes
-// and whole eights. A warp works on one chunk, a line of A8_LANES elements at a time, in order: so a lane holds eight
-// accumulators of the chunk's sums, and they are summed in the canonical order.
+// and whole eights. A warp works on a line of A8_LANES elements at a time, so a lane holds eight accumulators of a sum.
+// With a factored second moment it has a chunk of its own; with an element-wise one the warps of a block take the lines
+// of a run of chunks in turns (adafactor_full.cuh). Either way they are summed in the canonical order.
 #pragma once
 
 #include "adafactor_sums.cuh"
@@ -9,6 +10,9 @@
 #include "nf4_table.cuh"
 
 #define A8_LINE A8_LANES
+
+// Elements of a line of every warp of a block.
+#define A8_ROUND (A8_LINE * A8_WARPS)
 
 // Beyond the maximum a root is guarded. Below 2^-100 every root meets the bound, which is under 2^50. Only element-wise
 // moments need one, for the factors of a factored one are made elsewhere.
@@ -20,11 +24,14 @@
 // In the place of a format that is known when the kernel is compiled.
 #define A8_ANY_FORMAT 255u
 
-// Where a lane's eights lie: of its first line here, of the next ones A8_LINE elements on.
-typedef struct a8_lane_place {
+// Where a lane's eights lie: of its first line here, of the next ones kStep elements on.
+template <bool kFull>
+struct a8_lane_place {
+  static const uint32_t kStep = kFull ? A8_ROUND : A8_LINE;
+
   const char *grad, *param, *first, *first_block, *second, *second_block;
-  uint32_t lines;       // in which the lane has an eight
-  uint32_t warp_lines;  // in which a lane of the warp has
+  uint32_t lines;      // in which the lane has an eight
+  uint32_t all_lines;  // in which a lane has that takes part: of the warp, or with kFull of the block
   uint32_t first_format;
   uint32_t second_shift;  // log2 of the second moment's block size
   bool log8;
@@ -35,7 +42,13 @@ typedef struct a8_lane_place {
     second_shift = 7;
     static_assert(A8_USUAL_BLOCK == 1 << 7, "its logarithm");
   }
-} a8_lane_place;
+};
+
+// Of the lane's first eight, seen from the first element of the chunk or run.
+template <bool kFull>
+A8_FN uint32_t a8_lane_start() {
+  return 8 * (kFull ? threadIdx.x : a8_lane());
+}
 
 A8_FN bool a8_is_usual_second(const a8_tensor* t) {
   return t->second_format == A8_LOG8 && t->second_block_size == A8_USUAL_BLOCK;
@@ -45,10 +58,12 @@ A8_FN bool a8_is_usual_second(const a8_tensor* t) {
 A8_FN void a8_settle(const char** pointer) { asm("" : "+l"(*pointer)); }
 A8_FN void a8_settle(uint32_t* x) { asm("" : "+r"(*x)); }
 
-A8_FN a8_lane_place a8_lane_place_of(const a8_factor_job& job) {
+template <bool kFull>
+A8_FN a8_lane_place<kFull> a8_lane_place_of(const a8_factor_job& job) {
   const a8_tensor* t = job.tensor;
-  const int64_t e = job.from + 8 * a8_lane();
-  a8_lane_place place;
+  const uint32_t start = a8_lane_start<kFull>();
+  const int64_t e = job.from + start;
+  a8_lane_place<kFull> place;
   place.grad = a8_at<char>(t->grad, e * (t->grad_dtype == A8_F32 ? 4 : 2));
   place.param = a8_at<char>(t->param, e * (t->param_dtype == A8_F32 ? 4 : 2));
   place.first_format = t->first_format;
@@ -58,8 +73,8 @@ A8_FN a8_lane_place a8_lane_place_of(const a8_factor_job& job) {
   place.second_shift = 31u - (uint32_t)__clz((int)t->second_block_size);
   place.second = a8_at<char>(t->second, place.log8 ? e : e * 4);
   place.second_block = a8_at<char>(t->second_block, (e >> place.second_shift) * 4);
-  place.lines = (job.count + A8_LINE - 1 - 8 * a8_lane()) / A8_LINE;
-  place.warp_lines = (job.count + A8_LINE - 1) / A8_LINE;
+  place.all_lines = (job.count + (place.kStep - 1)) / place.kStep;
+  place.lines = (job.count + (place.kStep - 1) - start) / place.kStep;
   // Left to itself the compiler keeps bases and offsets apart, which takes twice the registers.
   a8_settle(&place.grad);
   a8_settle(&place.param);
@@ -70,9 +85,10 @@ A8_FN a8_lane_place a8_lane_place_of(const a8_factor_job& job) {
   return place;
 }
 
-// The header of the lane's eight in a line: what its own offset in a line adds is in the place.
-A8_FN const char* a8_second_block(const a8_lane_place& place, uint32_t line) {
-  return place.second_block + ((uint64_t)line * A8_LINE >> place.second_shift) * 4;
+// The header of the lane's eight in a line: what its own offset adds is in the place.
+template <bool kFull>
+A8_FN const char* a8_second_block(const a8_lane_place<kFull>& place, uint32_t line) {
+  return place.second_block + ((uint64_t)line * place.kStep >> place.second_shift) * 4;
 }
 
 // --- Loads and stores of a lane's eight. ---
@@ -114,11 +130,12 @@ A8_FN void a8_decode_first(const a8_first_eight& x, uint32_t format, const void*
 }
 
 // Called by whole warps; lanes that are not active hold zeros.
-A8_FN void a8_put_first(const a8_lane_place& place, uint32_t line, bool active, const a8_nf4_table* table,
+template <bool kFull>
+A8_FN void a8_put_first(const a8_lane_place<kFull>& place, uint32_t line, bool active, const a8_nf4_table* table,
                         const float* m) {
   char* first = const_cast<char*>(place.first);
   if (place.first_format == A8_STATE_F32) {
-    if (active) a8_put_floats(m, first + (uint64_t)line * (A8_LINE * 4), 0);
+    if (active) a8_put_floats(m, first + (uint64_t)line * (place.kStep * 4), 0);
     return;
   }
   const bool nf4 = place.first_format == A8_NF4;
@@ -140,11 +157,11 @@ A8_FN void a8_put_first(const a8_lane_place& place, uint32_t line, bool active, 
   if (scale != scale) codes[0] = codes[1] = nf4 ? A8_NF4_ZERO * 0x11111111u : 0u;  // not a8_absmax_finite
   if (!active) return;
   if (nf4)
-    __stcs(reinterpret_cast<uint32_t*>(first + (uint64_t)line * (A8_LINE / 2)), codes[0]);
+    __stcs(reinterpret_cast<uint32_t*>(first + (uint64_t)line * (place.kStep / 2)), codes[0]);
   else
-    __stcs(reinterpret_cast<uint2*>(first + (uint64_t)line * A8_LINE), make_uint2(codes[0], codes[1]));
+    __stcs(reinterpret_cast<uint2*>(first + (uint64_t)line * place.kStep), make_uint2(codes[0], codes[1]));
   if (threadIdx.x % (A8_USUAL_BLOCK / 8) == 0) {
-    char* to = const_cast<char*>(place.first_block) + (uint64_t)line * (A8_LINE / A8_USUAL_BLOCK * 4);
+    char* to = const_cast<char*>(place.first_block) + (uint64_t)line * (place.kStep / A8_USUAL_BLOCK * 4);
     __stcs(reinterpret_cast<float*>(to), scale);
   }
 }
@@ -317,7 +334,7 @@ A8_FN bool a8_suits_warp(const a8_factor_job& job) {
                (t->first_format == A8_STATE_F32 && a8_aligned(t->first, 16));
   bool second = t->second_format == A8_FACTORED
                     ? t->cols % 8 == 0 && t->cols <= 0x7fffffff && a8_suits_factors(job, t->col_at)
-                : t->second_format == A8_LOG8 ? a8_aligned(t->second, 8)
+                : t->second_format == A8_LOG8 ? a8_aligned(t->second, 8) && t->second_block_size <= A8_ROUND
                                               : a8_aligned(t->second, 16);
   bool bound = t->second_format == A8_FACTORED || job.bound <= A8_BOUND_MAX;
   return first && second && bound && job.count % 8 == 0 && a8_aligned(t->param, 16) && a8_aligned(t->grad, 16);

@@ -56,28 +56,36 @@ A8_FN a8_factor_pair a8_factor_moments(const a8_factor_job& job, const a8_adafac
   return x;
 }
 
+// Shared memory of a block of threads.
+typedef struct a8_general_room {
+  a8_square_room span;
+  a8_dealt_room dealt;
+} a8_general_room;
+
+A8_FN uint32_t a8_dealt_sums(const a8_tensor* t) { return t->second_format == A8_FACTORED ? 1 : A8_DEALT; }
+
 // The sum of u^2 of one chunk, or of p^2 when kParam. rule: as in a8_factor_update. By every thread of the block.
 template <bool kParam>
 static __device__ __noinline__ float a8_chunk_squares(const a8_factor_job& job, const a8_adafactor_rule* rule,
-                                                      a8_square_room* room) {
+                                                      a8_general_room* room) {
   const a8_tensor* t = job.tensor;
-  float squares = 0.0f;
   __syncthreads();  // the room may be in use
-  a8_share_levels(room->moments.levels);
+  a8_begin_dealt(&room->dealt);
+  a8_share_levels(room->span.moments.levels);
   for (uint32_t start = 0; start < job.count; start += A8_MAX_BLOCK) {
     a8_span span = a8_span_of(t, job.from + start, job.count - start, 0xffffffffu);
     if (!kParam) {
       __syncthreads();
-      a8_load_headers(span, &room->moments);
+      a8_load_headers(span, &room->span.moments);
       __syncthreads();
     }
     for (uint32_t e = 2 * threadIdx.x; e < span.count; e += 2 * A8_THREADS)
-      a8_keep_squares(room, e,
+      a8_keep_squares(&room->span, e,
                       kParam ? a8_load_pair(t->param, t->param_dtype, (span.from + e) / 2, e + 1 < span.count)
-                             : a8_factor_moments(job, rule, span, &room->moments, e).u);
-    a8_add_squares(room, span.count, &squares);
+                             : a8_factor_moments(job, rule, span, &room->span.moments, e).u);
+    a8_add_dealt_squares(&room->span, span.count, a8_dealt_sums(t), &room->dealt);
   }
-  return a8_fold_block(squares, room->squares);
+  return a8_fold_dealt_block(a8_dealt_sums(t), &room->dealt);
 }
 
 // --- The phases on chunk number `part` of a tensor, by every thread of the block. Not inlined, and they make the job
@@ -85,7 +93,7 @@ static __device__ __noinline__ float a8_chunk_squares(const a8_factor_job& job, 
 
 // Sums of p^2 and u^2.
 static __device__ __noinline__ void a8_norm_general(const a8_tensor* t, const a8_hyper* h, uint32_t part,
-                                                    float* scratch, a8_square_room* room) {
+                                                    float* scratch, a8_general_room* room) {
   const a8_factor_job job = a8_factor_job_of(t, h, scratch, part);
   bool of_param = a8_scales(job) && !a8_squares_are_known(job);
   float param_squares = of_param ? a8_chunk_squares<true>(job, nullptr, room) : 0.0f;
@@ -97,7 +105,7 @@ static __device__ __noinline__ void a8_norm_general(const a8_tensor* t, const a8
 
 // The sum of the squares of the update as CAME leaves it, in the place of those of u.
 static __device__ __noinline__ void a8_limit_general(const a8_tensor* t, const a8_hyper* h, uint32_t part,
-                                                     float* scratch, a8_square_room* room) {
+                                                     float* scratch, a8_general_room* room) {
   const a8_factor_job job = a8_factor_job_of(t, h, scratch, part);
   const a8_adafactor_rule rule = a8_factor_write_of(job).rule;
   float squares = a8_chunk_squares<false>(job, &rule, room);
@@ -106,14 +114,14 @@ static __device__ __noinline__ void a8_limit_general(const a8_tensor* t, const a
 
 // Updates.
 static __device__ __noinline__ void a8_apply_general(const a8_tensor* t, const a8_hyper* h, uint32_t part,
-                                                     float* scratch, a8_square_room* room) {
+                                                     float* scratch, a8_general_room* room) {
   const a8_factor_job job = a8_factor_job_of(t, h, scratch, part);
   const a8_factor_write write = a8_factor_write_of(job);
-  a8_moment_room* moments = &room->moments;
+  a8_moment_room* moments = &room->span.moments;
   __syncthreads();  // the room may be in use
   bool noisy_write = (job.hyper.flags & A8_STOCHASTIC_WRITE) && t->param_dtype != A8_F32;
   bool noisy_state = job.hyper.flags & A8_STOCHASTIC_STATE;
-  float param_squares = 0.0f;
+  a8_begin_dealt(&room->dealt);
   a8_share_levels(moments->levels);
   for (uint32_t start = 0; start < job.count; start += A8_MAX_BLOCK) {
     a8_span span = a8_span_of(t, job.from + start, job.count - start, 0xffffffffu);
@@ -142,15 +150,12 @@ static __device__ __noinline__ void a8_apply_general(const a8_tensor* t, const a
       p.y = p.y * write.rule.decay - write.rule.step_size * x.u.y;
       a8_store_pair(t->param, t->param_dtype, pair, both, p, noisy_write,
                     noisy_write ? a8_noise_word(write.write, in_chunk) : 0u);
-      if (a8_scales(job)) a8_keep_squares(room, e, a8_load_pair(t->param, t->param_dtype, pair, both));
+      if (a8_scales(job)) a8_keep_squares(&room->span, e, a8_load_pair(t->param, t->param_dtype, pair, both));
       a8_store_moments(span, moments, e, x.after, false, noisy_state, false, a8_phase_at(write.phase, 2 * in_chunk));
     }
-    if (a8_scales(job)) a8_add_squares(room, span.count, &param_squares);
+    if (a8_scales(job)) a8_add_dealt_squares(&room->span, span.count, a8_dealt_sums(t), &room->dealt);
   }
   if (!a8_scales(job)) return;
-  param_squares = a8_fold_block(param_squares, room->squares);
-  if (threadIdx.x == 0) {
-    job.sums[0] = param_squares;
-    job.sums[2 * (int64_t)t->chunks] = a8_float(a8_fingerprint_of(job));
-  }
+  float sum = a8_fold_dealt_block(a8_dealt_sums(t), &room->dealt);
+  if (threadIdx.x == 0) a8_leave_squares(job, sum);
 }

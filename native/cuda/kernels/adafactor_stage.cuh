@@ -47,26 +47,24 @@ struct a8_stages {
   }
 
   // Starts the copies of the lane's eight in the line that is kAhead after `line`; beyond its end they read as zeros.
-  // of_param: all of them; else the gradient and the second moment alone. of_header: the second moment's too.
   template <int kAhead>
-  A8_MEMBER void load(const a8_lane_place& place, uint32_t line, bool of_param, bool of_header = true) {
+  A8_MEMBER void load(const a8_lane_place<kFull>& place, uint32_t line) {
+    const uint64_t kStep = a8_lane_place<kFull>::kStep;
     uint32_t ahead = line + kAhead;
     bool exists = ahead < place.lines;
-    load_values<kGradBytes>(0, place.grad + (uint64_t)ahead * (A8_LINE * kGradBytes), exists);
-    if (kParamBytes && of_param)
-      load_values<kParamBytes>(kParamAt, place.param + (uint64_t)ahead * (A8_LINE * kParamBytes), exists);
-    if (kMomentum && of_param && place.first_format != A8_STATE_F32) {
+    load_values<kGradBytes>(0, place.grad + ahead * (kStep * kGradBytes), exists);
+    if (kParamBytes) load_values<kParamBytes>(kParamAt, place.param + ahead * (kStep * kParamBytes), exists);
+    if (kMomentum && place.first_format != A8_STATE_F32) {
       if (place.first_format == A8_INT8)
-        a8_copy_or_zero<8>(of_lane(kStateAt), place.first + (uint64_t)ahead * A8_LINE, exists);
+        a8_copy_or_zero<8>(of_lane(kStateAt), place.first + ahead * kStep, exists);
       else
-        a8_copy_or_zero<4>(of_first(A8_NF4, 0), place.first + (uint64_t)ahead * (A8_LINE / 2), exists);
-      a8_copy_or_zero<4>(of_first(place.first_format, 8),
-                         place.first_block + (uint64_t)ahead * (A8_LINE / A8_USUAL_BLOCK * 4), exists);
+        a8_copy_or_zero<4>(of_first(A8_NF4, 0), place.first + ahead * (kStep / 2), exists);
+      a8_copy_or_zero<4>(of_first(place.first_format, 8), place.first_block + ahead * (kStep / A8_USUAL_BLOCK * 4),
+                         exists);
     }
     if (kFull && place.log8) {
-      a8_copy_or_zero<8>(arena + at + kSecondAt + kSecondBytes * a8_lane(), place.second + (uint64_t)ahead * A8_LINE,
-                         exists);
-      if (of_header) a8_copy_or_zero<4>(of_lane(kHeaderAt), a8_second_block(place, ahead), exists);
+      a8_copy_or_zero<8>(arena + at + kSecondAt + kSecondBytes * a8_lane(), place.second + ahead * kStep, exists);
+      a8_copy_or_zero<4>(of_lane(kHeaderAt), a8_second_block(place, ahead), exists);
     }
     a8_copies_commit();
   }

@@ -114,6 +114,13 @@ A8_FN bool a8_squares_are_known(const a8_factor_job& job) {
   return a8_bits(job.sums[2 * (int64_t)job.tensor->chunks]) == a8_fingerprint_of(job);
 }
 
+// Leaves the chunk's sum of p^2 and its fingerprint to the next step. By one thread, which
+// sees the parameters written.
+A8_FN void a8_leave_squares(const a8_factor_job& job, float squares) {
+  job.sums[0] = squares;
+  job.sums[2 * (int64_t)job.tensor->chunks] = a8_float(a8_fingerprint_of(job));
+}
+
 // What the apply phase of a chunk needs besides.
 typedef struct a8_factor_write {
   a8_adafactor_rule rule;

@@ -59,6 +59,25 @@ A8_FN void a8_add_squares(const a8_square_room* room, uint32_t count, float* acc
   __syncthreads();
 }
 
+// The accumulators of a chunk's squares, in shared memory: of one sum, or of A8_DEALT that they are dealt to
+// (a8/geometry.h). Every thread has its own of each.
+typedef struct a8_dealt_room {
+  float accumulators[A8_DEALT * A8_LANES];
+} a8_dealt_room;
+
+A8_FN void a8_begin_dealt(a8_dealt_room* dealt) {
+  for (uint32_t i = threadIdx.x; i < A8_DEALT * A8_LANES; i += A8_LANES) dealt->accumulators[i] = 0.0f;
+}
+
+// As a8_add_squares.
+A8_FN void a8_add_dealt_squares(const a8_square_room* room, uint32_t count, uint32_t sums, a8_dealt_room* dealt) {
+  static_assert(A8_MAX_BLOCK % (A8_DEALT * A8_LANES) == 0, "spans begin with sum 0");
+  __syncthreads();
+  for (uint32_t e = threadIdx.x; e < count; e += A8_LANES)
+    dealt->accumulators[e & (sums * A8_LANES - 1u)] += room->squares[e];
+  __syncthreads();
+}
+
 // --- A block's warps. ---
 
 #define A8_WARPS (A8_THREADS / 32)
@@ -96,6 +115,32 @@ A8_FN float a8_fold_warp(float* x) {
   a8_exchange<1>(x, 4);
   float sum = a8_add_across(a8_add_across(x[0], 2), 1);
   return a8_add_across(a8_add_across(a8_add_across(sum, 16), 8), 4);  // lane bits 4, 3, 2 are the accumulator's number
+}
+
+// Folds a chunk's dealt sums.
+A8_FN float a8_fold_dealt(const float* sums) {
+  float x[A8_DEALT];
+#pragma unroll
+  for (int i = 0; i < A8_DEALT; ++i) x[i] = sums[i];
+#pragma unroll
+  for (int half = A8_DEALT / 2; half > 0; half /= 2)
+#pragma unroll
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
+}
+
+// Folds the accumulators of `sums` of them, 1 or A8_DEALT. Every thread gets the sum.
+A8_FN float a8_fold_dealt_block(uint32_t sums, a8_dealt_room* dealt) {
+  static_assert(A8_DEALT == A8_WARPS, "a warp a sum");
+  __syncthreads();
+  float x[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = dealt->accumulators[8 * threadIdx.x + i];
+  float sum = a8_fold_warp(x);
+  __syncthreads();
+  if (a8_lane() == 0) dealt->accumulators[threadIdx.x / 32] = sum;
+  __syncthreads();
+  return sums == 1 ? dealt->accumulators[0] : a8_fold_dealt(dealt->accumulators);
 }
 
 // Folds the accumulators of two sums, the second's at x[8]. Lane l gets sum l / 16; x is lost.

@@ -8,6 +8,10 @@
 // Accumulators of a sum: element e goes to accumulator e % A8_LANES, then the accumulators are folded in halves.
 #define A8_LANES 256
 
+// A chunk's squares, where the second moment is element-wise, are dealt to so many sums: those of line l, of A8_LANES
+// elements, to sum l % A8_DEALT. The sums are then folded in halves.
+#define A8_DEALT 8
+
 // One tile of a matrix in the row/column reduction: A8_TILE_ROWS x A8_TILE_COLS. A column is summed over runs of
 // A8_RUN_ROWS rows (what one warp holds in registers), then over the runs of the tile in order.
 #define A8_TILE_ROWS 512
