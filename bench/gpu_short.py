@@ -8,7 +8,7 @@ edges of a vector, a block, a chunk and a tile, so that a step past an end is se
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -18,6 +18,8 @@ import a8multi
 from a8multi import functional
 
 SHAPES = ((65, 300), (513, 1032), (3, 8193), (16385,), (4097,), (129,), (4, 33, 5), (1,))
+# Where chunks are many, a block of threads takes several: of one tensor, of two, and one that is cut off in an eight.
+MANY_CHUNKS = ((8_500_000,), (20_000,), (30_003,))
 FIRST = ("int8", "nf4", "bf16", "fp32")
 CASES: list[tuple[str, dict[str, Any]]] = [
     *[("AdamW8bit", {"first_moment": f, "second_moment": s}) for f, s in product(FIRST, ("log8", "fp32"))],
@@ -42,29 +44,36 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def params_of(dtype: torch.dtype, skew: int) -> list[torch.nn.Parameter]:
+def params_of(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, skew: int) -> list[torch.nn.Parameter]:
     """Random parameters with gradients; skew: elements by which both miss the allocator's alignment."""
 
     def made(shape: tuple[int, ...], scale: float) -> torch.Tensor:
         numel = torch.Size(shape).numel()
         return (torch.randn(numel + skew, device="cuda") * scale).to(dtype)[skew:].view(shape)
 
-    params = [torch.nn.Parameter(made(shape, 0.02)) for shape in SHAPES]
+    params = [torch.nn.Parameter(made(shape, 0.02)) for shape in shapes]
     for param in params:
         param.grad = made(tuple(param.shape), 1e-3)
     return params
 
 
+def step(name: str, options: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+    build: Callable[..., Any] = getattr(a8multi, name)
+    optimizer = build(params, stochastic_rounding_writeback=params[0].dtype is not torch.float32, **options)
+    for _ in range(2):
+        optimizer.step()
+    torch.cuda.synchronize()
+
+
 def main() -> None:
     for (name, options), (dtype, skew) in product(CASES, ((torch.float32, 1), (torch.float32, 0), (torch.bfloat16, 0))):
-        params = params_of(dtype, skew)
+        params = params_of(SHAPES, dtype, skew)
         if name == "APOLLO8bit":
             params = [param for param in params if param.ndim == 2]
-        build: Callable[..., Any] = getattr(a8multi, name)
-        optimizer = build(params, stochastic_rounding_writeback=dtype is not torch.float32, **options)
-        for _ in range(2):
-            optimizer.step()
-        torch.cuda.synchronize()
+        step(name, options, params)
+    for block_size in (128, 2048):
+        options = {"factored": False, "block_size": block_size}
+        step("Adafactor8bit", options, params_of(MANY_CHUNKS, torch.bfloat16, 0))
     for fmt, dtype in product(("int8", "nf4", "log8"), (torch.float32, torch.bfloat16)):
         values = torch.rand(40001, device="cuda").to(dtype)
         codes, blocks = functional.quantize_blockwise(values, fmt)
