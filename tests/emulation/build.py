@@ -33,7 +33,7 @@ def build(compiler: str, source: Path, output: Path, architecture: int) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(translate(path.read_text(encoding="utf-8")), encoding="utf-8")
     unit = output.with_suffix(".o")
-    few = 0 if architecture >= 900 else 512  # one with runs of chunks, one without: the cases would all be few
+    few = 0 if architecture >= 900 else 2048  # one with runs of chunks, one without: the cases would all be few
     _run(
         *(compiler, *FLAGS, f"-DEMULATED_ARCHITECTURE={architecture}", f"-DA8_FEW_CHUNKS={few}"),
         '-DA8_VERSION="emulated"',

@@ -260,7 +260,8 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
     if (room.left[i]) a8_apply_left(batch, first + i, scratch, &room);
 }
 
-// --- Chunks of other tensors, in runs. Where the run is stays in shared memory: registers are few. ---
+// --- Chunks of other tensors, in runs, A8_WARPS chunks a block at most. Where the run is stays in shared memory:
+// registers are few. ---
 
 // Begins with the first run of the `width` chunks from number `first` on.
 A8_FN void a8_first_run(const a8_batch& batch, uint32_t first, uint32_t width, a8_chunk_room* room) {

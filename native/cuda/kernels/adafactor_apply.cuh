@@ -100,7 +100,7 @@ A8_FN float a8_apply_factored(const a8_factor_job& job, char* arena, const a8_nf
       stages.template load<Stages::kCount>(place, line);
     }
     a8_factored_roots(matrix, 0, matrix.cols_end, job.bound, active, root);
-    if (kMomentum) a8_decode_first(first, kFirst, place.first + (uint64_t)line * (A8_LINE * 4), active, table, m);
+    if (kMomentum) a8_decode_first(first, kFirst, place.first + (uint64_t)line * (place.kStep * 4), active, table, m);
     if (kAverages == A8_OF_UPDATE) {
       a8_average_update_eight<kGrad>(job, grad, root, a8_signed(write.rule.clipped, job.sign), m);
       a8_confident_eight(confidence, matrix, active, m, u);

@@ -21,9 +21,6 @@
 
 #define A8_TYPES(param, grad) ((param) * 4u + (grad))
 
-// In the place of a format that is known when the kernel is compiled.
-#define A8_ANY_FORMAT 255u
-
 // Where a lane's eights lie: of its first line here, of the next ones kStep elements on.
 template <bool kFull>
 struct a8_lane_place {
@@ -257,6 +254,13 @@ A8_FN void a8_roots(const float* v, float bound, bool ordinary, float* root) {
   }
 }
 
+// a8_at_most(a8_div(1, v), bound), likewise; bound: at most the square of A8_BOUND_MAX.
+A8_FN void a8_reciprocals(const float* v, float bound, bool ordinary, float* reciprocal) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    reciprocal[i] = ordinary ? fminf(a8_exact_reciprocal_of_any(v[i]), bound) : a8_at_most(a8_div(1.0f, v[i]), bound);
+}
+
 // The new second moment of eight elements from the old.
 template <uint32_t kGrad>
 A8_FN void a8_new_second(const a8_eight<kGrad>& grad, const a8_hyper& hyper, float* v) {
@@ -286,15 +290,19 @@ A8_FN void a8_new_second_of(bool log8, const uint32_t* codes, a8_log8_header hea
 // What the first moment averages.
 enum a8_momentum { A8_NO_MOMENTUM, A8_OF_GRADIENT, A8_OF_UPDATE };
 
+// The new first moment of a gradient.
+A8_FN float a8_new_first(const a8_factor_job& job, float m, float g) {
+  return job.hyper.beta1 * m + a8_signed(job.hyper.one_minus_beta1, job.sign) * g;
+}
+
 // u before clipping, without the sign of a maximised objective when there is no first moment: a8_update_sign gives it.
 template <uint32_t kGrad, bool kMomentum>
 A8_FN void a8_update_eight(const a8_factor_job& job, const a8_eight<kGrad>& grad, const float* root, float* m,
                            float* u) {
-  float one_minus_beta1 = a8_signed(job.hyper.one_minus_beta1, job.sign);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     float g = a8_value<kGrad>(grad.w, i);
-    if (kMomentum) m[i] = job.hyper.beta1 * m[i] + one_minus_beta1 * g;
+    if (kMomentum) m[i] = a8_new_first(job, m[i], g);
     u[i] = (kMomentum ? m[i] : g) * root[i];
   }
 }
@@ -325,7 +333,7 @@ A8_FN bool a8_suits_factors(const a8_factor_job& job, int64_t cols_at) {
   return cols_at + job.tensor->cols <= 0xffffffffll && a8_aligned(job.scratch + cols_at, 16);
 }
 
-// Whether a fast path takes the chunk, for types that have one.
+// Whether a fast path takes the chunk or run, for types that have one.
 A8_FN bool a8_suits_warp(const a8_factor_job& job) {
   const a8_tensor* t = job.tensor;
   bool block = t->first_block_size == A8_USUAL_BLOCK;

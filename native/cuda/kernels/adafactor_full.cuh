@@ -9,14 +9,17 @@
 
 static_assert(A8_DEALT == A8_WARPS && A8_CHUNK % A8_ROUND == 0, "a warp a sum");
 
+// The extremes of a log8 block's new values: a8_log8_low_key, and bits.
+typedef struct a8_log8_extremes {
+  uint32_t low, high;
+} a8_log8_extremes;
+
 // Shared memory of a run: [chunk][sum], and what its warps tell each other.
 typedef struct a8_run_room {
   uint32_t chunks;
   float param_squares[A8_WARPS][A8_DEALT], update_squares[A8_WARPS][A8_DEALT];
-  uint32_t unknown;  // bit c: chunk c's sum of p^2 is to be made
-  struct {
-    uint32_t low, high;
-  } extremes[2][A8_WARPS];  // of the lines of a round and of the next
+  uint32_t unknown;                        // bit c: chunk c's sum of p^2 is to be made
+  a8_log8_extremes extremes[2][A8_WARPS];  // of the lines of a round and of the next
 } a8_run_room;
 
 // --- Runs. ---
@@ -60,19 +63,22 @@ A8_FN void a8_deal_squares(uint32_t round, uint32_t rounds, float* accumulators,
 // --- The norm phase. ---
 
 // kMomentum: with a first moment that averages gradients. kUsual: the second in log8 with blocks of A8_USUAL_BLOCK,
-// else in log8 or float32.
-template <uint32_t kGrad, bool kMomentum, bool kUsual>
-A8_FN void a8_full_squares(const a8_factor_job& job, char* arena, const a8_nf4_table* table, a8_run_room* room) {
+// else in log8 or float32. meanwhile(): is called while the first lines are on their way.
+template <uint32_t kGrad, bool kMomentum, bool kUsual, typename Meanwhile>
+A8_FN void a8_full_squares(const a8_factor_job& job, char* arena, const a8_nf4_table* table, a8_run_room* room,
+                           Meanwhile meanwhile) {
   typedef a8_stages<0, kGrad, kMomentum, true> Stages;
   Stages stages = {arena, 0};
   a8_lane_place<true> place = a8_lane_place_of<true>(job);
   if (kUsual) place.expect_usual();
+  const float bound = job.bound * job.bound;
   float accumulators[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < Stages::kCount; ++i) {
     stages.template load<0>(place, i);
     stages.turn();
   }
+  meanwhile();
 #pragma unroll 1
   for (uint32_t line = 0; line < place.all_lines; ++line) {
     a8_settle(&line);  // an address each from its number costs less than one that moves on
@@ -80,7 +86,7 @@ A8_FN void a8_full_squares(const a8_factor_job& job, char* arena, const a8_nf4_t
     a8_eight<kGrad> grad;
     a8_first_eight first;
     uint32_t codes[2], header;
-    float v[8], root[8], m[8], u[8];
+    float v[8], reciprocal[8], m[8];
     a8_copies_wait<Stages::kCount - 1>();
     stages.read_values(0, &grad);
     stages.read_state(place.first_format, &first, codes, &header);
@@ -88,43 +94,52 @@ A8_FN void a8_full_squares(const a8_factor_job& job, char* arena, const a8_nf4_t
     stages.turn();
     a8_new_second_of<kGrad>(place.log8, codes, a8_log8_unpack(header),
                             place.second + (uint64_t)line * (place.kStep * 4), active, grad, job.hyper, v);
-    a8_roots(v, job.bound, a8_are_ordinary(v), root);
+    a8_reciprocals(v, bound, a8_are_ordinary(v), reciprocal);
     if (kMomentum)
       a8_decode_first(first, place.first_format, place.first + (uint64_t)line * (place.kStep * 4), active, table, m);
-    a8_update_eight<kGrad, kMomentum>(job, grad, root, m, u);
-    if (active) a8_add_eight_squares(u, accumulators);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float g = a8_value<kGrad>(grad.w, i), x = kMomentum ? a8_new_first(job, m[i], g) : g;
+      if (active) accumulators[i] += x * reciprocal[i] * x;  // a8_update_square
+    }
     a8_deal_squares(line, place.all_lines, accumulators, room->update_squares);
   }
 }
 
-template <uint32_t kGrad>
-A8_FN void a8_full_squares_of(const a8_factor_job& job, char* arena, const a8_nf4_table* table, a8_run_room* room) {
+template <uint32_t kGrad, typename Meanwhile>
+A8_FN void a8_full_squares_of(const a8_factor_job& job, char* arena, const a8_nf4_table* table, a8_run_room* room,
+                              Meanwhile meanwhile) {
   const bool momentum = job.tensor->first_format != A8_NONE && !a8_averages_update(job);
   if (a8_is_usual_second(job.tensor))
-    momentum ? a8_full_squares<kGrad, true, true>(job, arena, table, room)
-             : a8_full_squares<kGrad, false, true>(job, arena, table, room);
+    momentum ? a8_full_squares<kGrad, true, true>(job, arena, table, room, meanwhile)
+             : a8_full_squares<kGrad, false, true>(job, arena, table, room, meanwhile);
   else
-    momentum ? a8_full_squares<kGrad, true, false>(job, arena, table, room)
-             : a8_full_squares<kGrad, false, false>(job, arena, table, room);
+    momentum ? a8_full_squares<kGrad, true, false>(job, arena, table, room, meanwhile)
+             : a8_full_squares<kGrad, false, false>(job, arena, table, room, meanwhile);
 }
 
 // Sums of u^2 of a run, and which of its chunks need one of p^2. at: the number of the first. By every thread of the
 // block.
 A8_FN void a8_norm_run(const a8_batch& batch, float* scratch, uint32_t at, const a8_factor_job& job, char* arena,
                        const a8_nf4_table* table, a8_run_room* room) {
-  if (threadIdx.x < 32) {
-    bool unknown = threadIdx.x < room->chunks && a8_scales(job) &&
-                   !a8_squares_are_known(a8_factor_job_of(batch, scratch, at + threadIdx.x));
+  auto mark_unknown = [&batch, scratch, at, room] {
+    if (threadIdx.x >= 32) return;
+    bool unknown = false;
+    if (threadIdx.x < room->chunks) {
+      const a8_factor_job mine = a8_factor_job_of(batch, scratch, at + threadIdx.x);
+      unknown = a8_scales(mine) && !a8_squares_are_known(mine);
+    }
     uint32_t bits = __ballot_sync(A8_LANE_MASK, unknown);
     if (threadIdx.x == 0) room->unknown = bits;
-  }
-  if (!a8_needs_squares(job)) return;
-  if (job.tensor->grad_dtype == A8_BF16)
-    a8_full_squares_of<A8_BF16>(job, arena, table, room);
+  };
+  if (!a8_needs_squares(job))
+    mark_unknown();
+  else if (job.tensor->grad_dtype == A8_BF16)
+    a8_full_squares_of<A8_BF16>(job, arena, table, room, mark_unknown);
   else if (job.tensor->grad_dtype == A8_F32)
-    a8_full_squares_of<A8_F32>(job, arena, table, room);
+    a8_full_squares_of<A8_F32>(job, arena, table, room, mark_unknown);
   else
-    a8_full_squares_of<A8_F16>(job, arena, table, room);
+    a8_full_squares_of<A8_F16>(job, arena, table, room, mark_unknown);
 }
 
 // Then the sums of p^2, and both to where the next phase finds them. Jobs are made anew: kept, their pointers would
@@ -167,8 +182,7 @@ typedef struct a8_log8_plan {
 // From all new values of the lane's block of `size` elements, of which the warps have a line each, at most; none is
 // negative or subnormal. before, after: its headers. By every thread of the block where size is greater than a line.
 // room: a8_run_room's, of the round.
-template <typename Room>
-A8_FN a8_log8_plan a8_plan_log8(const float* v, uint32_t size, a8_log8_header before, Room* room,
+A8_FN a8_log8_plan a8_plan_log8(const float* v, uint32_t size, a8_log8_header before, a8_log8_extremes* room,
                                 a8_log8_header* after) {
   uint32_t low = 0xffffffffu, high = 0u;
 #pragma unroll

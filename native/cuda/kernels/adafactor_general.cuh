@@ -31,7 +31,13 @@ A8_FN float a8_factor_update(const a8_factor_job& job, const a8_adafactor_rule* 
   return *m * root;
 }
 
-// Elements (e, e + 1) of the span; the moments of one that does not exist are zero.
+// Whether the norm phase sums a8_update_square, not the squares of u. rule: as in a8_factor_update.
+A8_FN bool a8_sums_without_roots(const a8_tensor* t, const a8_adafactor_rule* rule) {
+  return !rule && t->second_format != A8_FACTORED;
+}
+
+// Elements (e, e + 1) of the span; the moments of one that does not exist are zero. In the place of u may be its square
+// (a8_sums_without_roots).
 A8_FN a8_factor_pair a8_factor_moments(const a8_factor_job& job, const a8_adafactor_rule* rule, const a8_span& span,
                                        const a8_moment_room* room, uint32_t e) {
   const a8_tensor* t = job.tensor;
@@ -45,6 +51,11 @@ A8_FN a8_factor_pair a8_factor_moments(const a8_factor_job& job, const a8_adafac
   } else {
     float2* v = &x.after.second;
     *v = make_float2(a8_average(&job.hyper, v->x, g.x * g.x), a8_average(&job.hyper, v->y, g.y * g.y));
+    if (a8_sums_without_roots(t, rule)) {
+      x.u.x = a8_update_square(a8_factor_update(job, rule, g.x, 1.0f, 1.0f, &x.after.first.x), v->x, job.bound);
+      x.u.y = a8_update_square(a8_factor_update(job, rule, g.y, 1.0f, 1.0f, &x.after.first.y), v->y, job.bound);
+      return x;
+    }
     root = make_float2(a8_reciprocal_root(v->x), a8_reciprocal_root(v->y));
   }
   if (t->third_format == A8_FACTORED && rule && a8_averages_update(job))
@@ -79,10 +90,18 @@ static __device__ __noinline__ float a8_chunk_squares(const a8_factor_job& job, 
       a8_load_headers(span, &room->span.moments);
       __syncthreads();
     }
-    for (uint32_t e = 2 * threadIdx.x; e < span.count; e += 2 * A8_THREADS)
-      a8_keep_squares(&room->span, e,
-                      kParam ? a8_load_pair(t->param, t->param_dtype, (span.from + e) / 2, e + 1 < span.count)
-                             : a8_factor_moments(job, rule, span, &room->span.moments, e).u);
+    for (uint32_t e = 2 * threadIdx.x; e < span.count; e += 2 * A8_THREADS) {
+      if (kParam) {
+        a8_keep_squares(&room->span, e,
+                        a8_load_pair(t->param, t->param_dtype, (span.from + e) / 2, e + 1 < span.count));
+        continue;
+      }
+      float2 u = a8_factor_moments(job, rule, span, &room->span.moments, e).u;
+      if (a8_sums_without_roots(t, rule))
+        room->span.squares[e] = u.x, room->span.squares[e + 1] = u.y;
+      else
+        a8_keep_squares(&room->span, e, u);
+    }
     a8_add_dealt_squares(&room->span, span.count, a8_dealt_sums(t), &room->dealt);
   }
   return a8_fold_dealt_block(a8_dealt_sums(t), &room->dealt);

@@ -39,14 +39,14 @@ A8_FN a8_matrix_tile a8_tile_of(const a8_batch& batch, uint32_t index) {
   return tile;
 }
 
-// One chunk of one tensor.
+// One chunk of one tensor, or with a greater count a run of them (adafactor_full.cuh).
 typedef struct a8_factor_job {
   const a8_tensor* tensor;
   a8_hyper hyper;
   const float* scratch;
   const float* row_factor;  // of a factored moment, in the scratch
   const float* col_factor;
-  float* sums;     // of this chunk: of p^2; `chunks` floats on, of u^2; as many on, the fingerprint
+  float* sums;     // of the first chunk: of p^2; `chunks` floats on, of u^2; as many on, the fingerprint
   int64_t from;    // first element
   uint32_t count;  // elements
   float bound;     // of the reciprocal root of the second moment
@@ -114,18 +114,17 @@ A8_FN bool a8_squares_are_known(const a8_factor_job& job) {
   return a8_bits(job.sums[2 * (int64_t)job.tensor->chunks]) == a8_fingerprint_of(job);
 }
 
-// Leaves the chunk's sum of p^2 and its fingerprint to the next step. By one thread, which
-// sees the parameters written.
+// Leaves the chunk's sum of p^2 and its fingerprint to the next step. By one thread, which sees the parameters written.
 A8_FN void a8_leave_squares(const a8_factor_job& job, float squares) {
   job.sums[0] = squares;
   job.sums[2 * (int64_t)job.tensor->chunks] = a8_float(a8_fingerprint_of(job));
 }
 
-// What the apply phase of a chunk needs besides.
+// What the apply phase of a chunk or run needs besides.
 typedef struct a8_factor_write {
   a8_adafactor_rule rule;
-  a8_noise write;  // from the chunk's first pair on
-  uint32_t phase;  // of the chunk's first element
+  a8_noise write;  // from its first pair on
+  uint32_t phase;  // of its first element
 } a8_factor_write;
 
 A8_FN a8_factor_write a8_factor_write_of(const a8_factor_job& job) {

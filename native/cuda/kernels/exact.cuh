@@ -38,6 +38,13 @@ A8_FN float a8_exact_reciprocal_root(float x) {
   return __fmaf_rn(__fmaf_rn(-root, y, 1.0f), y, y);
 }
 
+// 1 / x for 2^-100 <= x <= 2^100; NaN for x = 0. What a8_exact_reciprocal_root does with its root, which can have every
+// mantissa.
+A8_FN float a8_exact_reciprocal_of_any(float x) {
+  float y = a8_rough_reciprocal(x);
+  return __fmaf_rn(__fmaf_rn(-x, y, 1.0f), y, y);
+}
+
 // a / b for b, a / b and their reciprocals within 2^-120 .. 2^120 and 2^-100 <= |a|, or a = 0, whose sign is kept.
 A8_FN float a8_exact_div(float a, float b) {
   float y = a8_rough_reciprocal(b);

@@ -19,6 +19,14 @@ A8_FN uint32_t a8_fingerprint(uint32_t fingerprint, uint32_t bits) { return (fin
 // 1 / sqrt(v), at most 1 / eps: the reciprocal root of max(v, eps^2), for elements, row means and column means alike.
 A8_FN float a8_reciprocal_root(float v) { return a8_div(1.0f, a8_sqrt(v)); }
 
+// What the norm phase adds for an element with a second moment of its own: the square of x / sqrt(v), 1 / sqrt(v) at
+// most `bound`. Without a root, but where the bound's square overflows.
+A8_FN float a8_update_square(float x, float v, float bound) {
+  if (bound <= 1.8e19f) return x * a8_at_most(a8_div(1.0f, v), bound * bound) * x;
+  float u = x * a8_at_most(a8_reciprocal_root(v), bound);
+  return u * u;
+}
+
 // max(1, RMS(u) / d), by which the update is divided. squares: the sum of its squares.
 A8_FN float a8_excess(const a8_hyper* h, float numel, float squares) {
   return h->clip > 0.0f ? a8_at_least(a8_div(a8_sqrt(a8_div(squares, numel)), h->clip), 1.0f) : 1.0f;

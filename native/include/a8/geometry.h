@@ -35,8 +35,8 @@
 // Threads of a block of every CUDA kernel. Not part of the numerics.
 #define A8_THREADS 256
 
-// So many chunks of Adafactor's are few: each then has a block of threads of its own, for what it takes is its latency.
-// Not part of the numerics.
+// So many chunks of Adafactor's are few: each then has a block of threads of its own, for a GPU takes some hundreds of
+// blocks at a time. Not part of the numerics.
 #ifndef A8_FEW_CHUNKS
-#define A8_FEW_CHUNKS 512
+#define A8_FEW_CHUNKS 2048
 #endif
