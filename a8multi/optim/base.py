@@ -23,7 +23,8 @@ from a8multi.loader.structs import Flag, RuleKind
 from a8multi.plan import Item, Live, Moments, Schedule, StepPlan, matrix_shape
 
 from . import state as state_of
-from .checks import check_grad, check_lr, check_param
+from .checks import check_grad, check_param
+from .hooked import hooked_if_watched
 from .hypers import hypers_of
 from .roster import Group, Roster, Work
 from .screen import Screen
@@ -145,7 +146,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         """Steps that ``skip_nonfinite`` has skipped since the optimizer was built or loaded. Waits for the device."""
         return self._screen.skipped() if self._screen is not None else 0
 
-    @torch.no_grad()
+    @hooked_if_watched
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
@@ -309,8 +310,6 @@ class LowBitOptimizer(torch.optim.Optimizer):
     def _update(self, roster: Roster, capturing: bool) -> None:
         works = list(roster.works.values())
         backends = [self._backend(work.device) for work in works]
-        for group in {id(group): group for work in works for group, _, _ in work.row_keys}.values():
-            check_lr(group["lr"])
         screen = self._screen_of(works, capturing)
         flags = {} if screen is None else screen.found
         tables = [self._tables(work, capturing, flags.get(work.device)) for work in works]

@@ -16,6 +16,7 @@ from a8multi.plan import Live, Schedule
 from a8multi.plan.schedule import SCHEDULE
 from a8multi.plan.step_plan import HYPER
 
+from .checks import check_lr
 from .roster import Group, Work
 
 # Of a group and a parameter's type: fields of ``a8_hyper`` that are the same at every step, but for lr and seed.
@@ -33,6 +34,9 @@ def hypers_of(
     """The table of a work's next step, and what of it lives on the device; None: nothing does.
 
     skip: the flag with which the device may skip the step, and then does not count it. lr: in the place of the groups'.
+
+    Raises:
+        ValueError: a group's learning rate is not valid.
     """
     # The function without the optimizer, which must not be kept alive by its own roster.
     kind = getattr(constants, "__func__", constants)
@@ -43,6 +47,7 @@ def hypers_of(
     rates: list[Tensor | None] = []
     for at, fields, schedule in zip(outline.keys_at, outline.fields, outline.schedules, strict=True):
         group, step, _ = work.row_keys[at]
+        check_lr(group["lr"])
         record = fields.copy()
         rate = rate_on_device(group["lr"], work.device) if lr is None else None
         if rate is None:

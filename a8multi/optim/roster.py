@@ -150,15 +150,11 @@ class Work:
         self._learn()
         return True
 
-    def next_steps(self) -> list[int | Tensor]:
-        """Add one to the steps of every row, and return them.
-
-        Counters on the device stay: the step itself has moved them on.
-        """
+    def count_steps(self) -> None:
+        """Add one to the steps of every row. Counters on the device stay: the step itself has moved them on."""
         self.row_keys = [
             (group, step if isinstance(step, Tensor) else step + 1, dtype) for group, step, dtype in self.row_keys
         ]
-        return [step for _, step, _ in self.row_keys]
 
 
 class Roster:
@@ -175,8 +171,8 @@ class Roster:
         self.idle: list[Tensor] = []  # without gradient, or without elements
         self._state = optimizer.state
         self._groups = list(optimizer.param_groups)
-        self._params = _flat(group["params"] for group in self._groups)
-        self._sizes = [len(group["params"]) for group in self._groups]
+        self._params = [list(group["params"]) for group in self._groups]
+        self._alone = [_scalars(params) for params in self._params]
         self._options_of, self._formats_of = _values_of(options), _values_of(formats)
         self._options = [self._options_of(group) for group in self._groups]
         self._formats = [self._formats_of(group) for group in self._groups]
@@ -191,23 +187,23 @@ class Roster:
         """Everything has been checked and the states are made: from now on ``holds`` compares with what is there."""
         for work in self.works.values():
             work.remember_metadata()
-        self._owners, self._states = list(self._state), list(self._state.values())
-        self._alone, self._owners_alone = _scalars(self._params), _scalars(self._owners)
+        self._owners = list(self._state)
+        self._owners_alone = _scalars(self._owners)
         self._runs: list[_Run] = []
-        ordered: list[State] = []
-        at = 0
+        counted: list[State] = []
+        at = len(self._state)
         for work in self.works.values():
-            for members in _alike(work.states):
-                states = [work.states[i] for i in members]
+            for row, states in _counted(work):
                 width, step_at = len(states[0]), list(states[0]).index("step")
                 end = at + width * len(states)
-                self._runs.append(_Run(work, states, [work.rows[i] for i in members], slice(at + step_at, end, width)))
-                ordered += states
+                self._runs.append(_Run(work, row, states, slice(at + step_at, end, width)))
+                counted += states
                 at = end
-        stepped = set(map(id, ordered))
-        ordered += [state for state in self._states if id(state) not in stepped]
-        self._ordered = ordered
-        self._held = _flat(state.values() for state in ordered)
+        known = set(map(id, counted))
+        others = [state for state in self._state.values() if id(state) not in known]
+        # The states are values themselves, of the optimizer's dictionary.
+        self._dicts = [self._state, *counted, *others]
+        self._held = _flat(one.values() for one in self._dicts)
         self._held_alone = _scalars(self._held)
 
     def holds(self, optimizer: torch.optim.Optimizer, check: Callable[[Group], None]) -> bool:
@@ -220,8 +216,7 @@ class Roster:
         return (
             optimizer.state is self._state
             and _same(groups, self._groups)
-            and _identical(_flat([group["params"] for group in groups]), self._params, self._alone)
-            and [len(group["params"]) for group in groups] == self._sizes
+            and all(map(_identical, [group["params"] for group in groups], self._params, self._alone))
             and self._options_hold(check)
             and all(param.grad is None or not param.numel() for param in self.idle)
             and self._states_hold()
@@ -244,30 +239,26 @@ class Roster:
 
     def _states_hold(self) -> bool:
         """Whether every parameter's state is the very dictionary, with the very tensors and step, that was left."""
-        state = self._state
-        return (
-            _same(list(state.values()), self._states)
-            and _identical(list(state), self._owners, self._owners_alone)
-            and self._values_hold()
-        )
-
-    def _values_hold(self) -> bool:
+        if not _identical(list(self._state), self._owners, self._owners_alone):
+            return False
         if all(work.native for work in self.works.values()):
             try:
-                check_values(self._ordered, self._held)
+                check_values(self._dicts, self._held)
                 return True
             except UnreadableError:
                 pass  # there is no reader, or an equal number has taken a number's place
-        return _identical(_flat(state.values() for state in self._ordered), self._held, self._held_alone)
+        found = _flat(one.values() for one in self._dicts)
+        count = len(self._owners)
+        return _same(found[:count], self._held[:count]) and _identical(found, self._held, self._held_alone)
 
     def count_steps(self) -> None:
         """All works have taken a step."""
-        taken = {device: work.next_steps() for device, work in self.works.items()}
-        for run in self._runs:
-            steps = taken[run.work.device]
-            new = [steps[row] for row in run.rows] if len(steps) > 1 else steps * len(run.rows)
-            self._held[run.at] = new
-            for state, step in zip(run.states, new, strict=True):
+        for work in self.works.values():
+            work.count_steps()
+        for work, row, states, at in self._runs:
+            step = work.row_keys[row][1]
+            self._held[at] = [step] * len(states)
+            for state in states:
                 state["step"] = step
 
     def drop_grads(self) -> None:
@@ -276,11 +267,11 @@ class Roster:
 
 
 class _Run(NamedTuple):
-    """States of one work with as many entries, and the step at the same place. at: where their steps are in _held."""
+    """States of one row with as many entries, and the step at the same place. at: where their steps are in _held."""
 
     work: Work
+    row: int
     states: list[State]
-    rows: list[int]
     at: slice
 
 
@@ -303,12 +294,13 @@ def _constant(values: tuple[Any, ...]) -> bool:
     )
 
 
-def _alike(states: Sequence[State]) -> Iterable[list[int]]:
-    """Indices of the states, those with as many entries and the step at the same place together."""
-    found: dict[tuple[int, int], list[int]] = {}
-    for i, state in enumerate(states):
-        found.setdefault((len(state), list(state).index("step")), []).append(i)
-    return found.values()
+def _counted(work: Work) -> Iterable[tuple[int, list[State]]]:
+    """States whose steps are integers by row, those with as many entries and the step at the same place together."""
+    found: dict[tuple[int, int, int], list[State]] = {}
+    for row, state in zip(work.rows, work.states, strict=True):
+        if not isinstance(state["step"], Tensor):
+            found.setdefault((row, len(state), list(state).index("step")), []).append(state)
+    return [(row, states) for (row, _, _), states in found.items()]
 
 
 def _flat(lists: Iterable[Iterable[Any]]) -> list[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from optim.helpers import apply, differences, gradients, parameters, run, snapshot
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import a8multi
 
@@ -226,6 +227,59 @@ def test_step_hooks(kind: Any) -> None:
     optimizer.register_step_post_hook(lambda o, *_: seen.append(("after", o.state[params[0]]["step"])))
     run(optimizer, params, range(1))
     assert seen == [("before", 0), ("after", 1)]
+
+
+def test_step_hooks_receive_what_step_was_called_with() -> None:
+    optimizer = a8multi.AdamW8bit(parameters([(64,)]))
+    seen: list[Any] = []
+    handles = [
+        optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append((args, kwargs))),
+        register_optimizer_step_post_hook(lambda o, args, kwargs: seen.append((args, kwargs))),
+    ]
+    closure = lambda: 5.0  # noqa: E731
+    assert (optimizer.step(), optimizer.step(closure), optimizer.step(closure=closure)) == (None, 5.0, 5.0)
+    wanted: list[Any] = [((optimizer,), {}), ((optimizer, closure), {}), ((optimizer,), {"closure": closure})]
+    assert seen == [call for call in wanted for _ in range(2)]
+    for handle in handles:
+        handle.remove()
+    optimizer.step()
+    assert len(seen) == 6
+
+
+class _OwnStep(a8multi.AdamW8bit):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_step_hooks_run_once_around_a_step_that_was_overridden() -> None:
+    params = parameters([(64,)])
+    optimizer = _OwnStep(params)
+    seen: list[Any] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    run(optimizer, params, range(1))
+    assert seen == ["before", "after"]
+
+
+def test_a_profile_names_the_step(kind: Any) -> None:
+    optimizer = kind(parameters([(64,)]))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    names = [event.name for event in profile.events() if "step" in event.name]
+    assert names == [f"Optimizer.step#{type(optimizer).__name__}.step"]
+
+
+def test_gradients_are_off_in_a_step_and_on_again_after_it() -> None:
+    """Also after one that fails; parameters of another layout are written by torch."""
+    params = parameters([(65, 300)])
+    params[0].data = params[0].data.t()
+    optimizer = a8multi.AdamW8bit(params)
+    apply(optimizer, params, [torch.ones(300, 65)])
+    assert torch.is_grad_enabled()
+    optimizer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr"):
+        optimizer.step()
+    assert torch.is_grad_enabled()
 
 
 def test_nothing_to_do(kind: Any) -> None:
