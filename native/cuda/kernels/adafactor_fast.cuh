@@ -24,7 +24,7 @@
 // Where a lane's eights lie: of its first line here, of the next ones kStep elements on.
 template <bool kFull>
 struct a8_lane_place {
-  static const uint32_t kStep = kFull ? A8_ROUND : A8_LINE;
+  enum : uint32_t { kStep = kFull ? A8_ROUND : A8_LINE };
 
   const char *grad, *param, *first, *first_block, *second, *second_block;
   uint32_t lines;      // in which the lane has an eight

@@ -75,8 +75,10 @@ typedef struct a8_general_room {
 
 A8_FN uint32_t a8_dealt_sums(const a8_tensor* t) { return t->second_format == A8_FACTORED ? 1 : A8_DEALT; }
 
-// The sum of u^2 of one chunk, or of p^2 when kParam. rule: as in a8_factor_update. By every thread of the block.
-template <bool kParam>
+enum a8_squares { A8_OF_PARAM, A8_OF_NORM, A8_OF_WHOLE };  // of p, of u as the norm phase sees it, or as it is applied
+
+// The sum of squares of one chunk. rule: for the last kind, else null. By every thread of the block.
+template <a8_squares kOf>
 static __device__ __noinline__ float a8_chunk_squares(const a8_factor_job& job, const a8_adafactor_rule* rule,
                                                       a8_general_room* room) {
   const a8_tensor* t = job.tensor;
@@ -85,19 +87,20 @@ static __device__ __noinline__ float a8_chunk_squares(const a8_factor_job& job, 
   a8_share_levels(room->span.moments.levels);
   for (uint32_t start = 0; start < job.count; start += A8_MAX_BLOCK) {
     a8_span span = a8_span_of(t, job.from + start, job.count - start, 0xffffffffu);
-    if (!kParam) {
+    if (kOf != A8_OF_PARAM) {
       __syncthreads();
       a8_load_headers(span, &room->span.moments);
       __syncthreads();
     }
     for (uint32_t e = 2 * threadIdx.x; e < span.count; e += 2 * A8_THREADS) {
-      if (kParam) {
+      if (kOf == A8_OF_PARAM) {
         a8_keep_squares(&room->span, e,
                         a8_load_pair(t->param, t->param_dtype, (span.from + e) / 2, e + 1 < span.count));
         continue;
       }
-      float2 u = a8_factor_moments(job, rule, span, &room->span.moments, e).u;
-      if (a8_sums_without_roots(t, rule))
+      const a8_adafactor_rule* asked = kOf == A8_OF_WHOLE ? rule : nullptr;
+      float2 u = a8_factor_moments(job, asked, span, &room->span.moments, e).u;
+      if (a8_sums_without_roots(t, asked))
         room->span.squares[e] = u.x, room->span.squares[e + 1] = u.y;
       else
         a8_keep_squares(&room->span, e, u);
@@ -115,8 +118,8 @@ static __device__ __noinline__ void a8_norm_general(const a8_tensor* t, const a8
                                                     float* scratch, a8_general_room* room) {
   const a8_factor_job job = a8_factor_job_of(t, h, scratch, part);
   bool of_param = a8_scales(job) && !a8_squares_are_known(job);
-  float param_squares = of_param ? a8_chunk_squares<true>(job, nullptr, room) : 0.0f;
-  float update_squares = a8_needs_squares(job) ? a8_chunk_squares<false>(job, nullptr, room) : 0.0f;
+  float param_squares = of_param ? a8_chunk_squares<A8_OF_PARAM>(job, nullptr, room) : 0.0f;
+  float update_squares = a8_needs_squares(job) ? a8_chunk_squares<A8_OF_NORM>(job, nullptr, room) : 0.0f;
   if (threadIdx.x != 0) return;
   if (of_param || !a8_scales(job)) job.sums[0] = param_squares;
   job.sums[t->chunks] = update_squares;
@@ -127,7 +130,7 @@ static __device__ __noinline__ void a8_limit_general(const a8_tensor* t, const a
                                                      float* scratch, a8_general_room* room) {
   const a8_factor_job job = a8_factor_job_of(t, h, scratch, part);
   const a8_adafactor_rule rule = a8_factor_write_of(job).rule;
-  float squares = a8_chunk_squares<false>(job, &rule, room);
+  float squares = a8_chunk_squares<A8_OF_WHOLE>(job, &rule, room);
   if (threadIdx.x == 0) job.sums[t->chunks] = squares;
 }
 
