@@ -76,11 +76,7 @@ A8_FN float a8_apply_factored(const a8_factor_job& job, char* arena, const a8_nf
   a8_matrix_place matrix = a8_matrix_place_of(job);
   const a8_confidence_place confidence = a8_confidence_place_of(job.tensor);
   float accumulators[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-  for (int i = 0; i < Stages::kCount; ++i) {
-    stages.template load<0>(place, i);
-    stages.turn();
-  }
+  stages.begin(place);
   // Lanes that share nothing go their own ways.
   const uint32_t lines = kMomentum ? place.all_lines : place.lines;
 #pragma unroll 1

@@ -73,11 +73,7 @@ A8_FN void a8_full_squares(const a8_factor_job& job, char* arena, const a8_nf4_t
   if (kUsual) place.expect_usual();
   const float bound = job.bound * job.bound;
   float accumulators[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-  for (int i = 0; i < Stages::kCount; ++i) {
-    stages.template load<0>(place, i);
-    stages.turn();
-  }
+  stages.begin(place);
   meanwhile();
 #pragma unroll 1
   for (uint32_t line = 0; line < place.all_lines; ++line) {
@@ -246,11 +242,7 @@ A8_FN void a8_apply_full(const a8_factor_job& job, char* arena, const a8_nf4_tab
   if (kUsual) place.expect_usual();
   const a8_factor_write write = a8_lane_write_of<true>(job);
   float accumulators[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-  for (int i = 0; i < Stages::kCount; ++i) {
-    stages.template load<0>(place, i);
-    stages.turn();
-  }
+  stages.begin(place);
 #pragma unroll 1
   for (uint32_t line = 0; line < place.all_lines; ++line) {
     a8_settle(&line);

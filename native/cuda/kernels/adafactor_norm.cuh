@@ -13,11 +13,7 @@ A8_FN float a8_update_squares(const a8_factor_job& job, char* arena, const a8_nf
   place.first_format = kFirst;
   a8_matrix_place matrix = a8_matrix_place_of(job);
   float accumulators[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-  for (int i = 0; i < Stages::kCount; ++i) {
-    stages.template load<0>(place, i);
-    stages.turn();
-  }
+  stages.begin(place);
   // Lanes that share nothing go their own ways.
 #pragma unroll 1
   for (uint32_t line = 0; line < place.lines; ++line) {

@@ -69,6 +69,15 @@ struct a8_stages {
     a8_copies_commit();
   }
 
+  // Starts the copies of the first lines, one a stage.
+  A8_MEMBER void begin(const a8_lane_place<kFull>& place) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      load<0>(place, i);
+      turn();
+    }
+  }
+
   template <uint32_t kDtype>
   A8_MEMBER void read_values(int row, a8_eight<kDtype>* x) const {
 #pragma unroll

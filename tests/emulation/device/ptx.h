@@ -14,7 +14,7 @@ inline float rough(double exact) {
   uint32_t bits = a8_bits(y), exponent = bits >> 23 & 255u;
   if (exponent == 0 || exponent >= 254) return y;
   float moved = a8_float(bits + emulator::scramble(bits ^ emulator::scramble(emulator::order)) % 5u - 2u);
-  return fabs((double)moved - exact) <= 1.1920929e-7 * exact ? moved : y;
+  return fabs((double)moved - exact) <= 1.1920929e-7 * fabs(exact) ? moved : y;
 }
 
 inline void rcp_approx_ftz_f32(float& y, float x) { y = rough(1.0 / (double)x); }
