@@ -190,10 +190,16 @@ A8_FN void a8_norm_left(const a8_batch& batch, uint32_t index, float* scratch, a
   a8_norm_general(t, batch.hypers + t->hyper, unit.part, scratch, &room->general);
 }
 
-A8_FN void a8_apply_left(const a8_batch& batch, uint32_t index, float* scratch, a8_chunk_room* room) {
+A8_FN float a8_apply_left(const a8_batch& batch, uint32_t index, float* scratch, a8_chunk_room* room) {
   const a8_chunk unit = batch.chunks[index];
   const a8_tensor* t = batch.tensors + unit.tensor;
-  a8_apply_general(t, batch.hypers + t->hyper, unit.part, scratch, &room->general);
+  return a8_apply_general(t, batch.hypers + t->hyper, unit.part, scratch, &room->general);
+}
+
+// At the end of a chunk's apply phase. The job anew: kept, its pointers would take the registers that the update needs.
+A8_FN void a8_leave_squares_of(const a8_batch& batch, uint32_t index, float* scratch, float squares) {
+  const a8_factor_job job = a8_factor_job_again(batch, scratch, index);
+  if (a8_scales(job)) a8_leave_squares(job, squares);
 }
 
 // --- Chunks of factored tensors, a warp each. A kernel is launched for the chunks of its kind, or for all when it is
@@ -249,15 +255,16 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
     left = !a8_suits_warp(job) || !a8_suits_apply(job);
     if (!left) {
       float squares = a8_apply_warp(job, room.arena[warp], &room.table);
-      // The job anew: kept, its pointers would take the registers that the update needs.
-      if (a8_scales(job) && a8_lane() == 0)
-        a8_leave_squares(a8_factor_job_again(batch, scratch, first + warp), squares);
+      if (a8_lane() == 0) a8_leave_squares_of(batch, first + warp, scratch, squares);
     }
   }
   a8_leave_chunk(&room, left);
 #pragma unroll 1
-  for (uint32_t i = 0; i < A8_WARPS; ++i)
-    if (room.left[i]) a8_apply_left(batch, first + i, scratch, &room);
+  for (uint32_t i = 0; i < A8_WARPS; ++i) {
+    if (!room.left[i]) continue;
+    float squares = a8_apply_left(batch, first + i, scratch, &room);
+    if (threadIdx.x == 0) a8_leave_squares_of(batch, first + i, scratch, squares);
+  }
 }
 
 // --- Chunks of other tensors, in runs, A8_WARPS chunks a block at most. Where the run is stays in shared memory:
@@ -298,7 +305,8 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
     const a8_factor_job job = a8_this_run(batch, scratch, &room);
     if (job.tensor->second_format == A8_FACTORED) continue;
     if (!a8_suits_warp(job)) {
-      for (uint32_t i = 0; i < room.run.chunks; ++i) a8_norm_left(batch, room.at + i, scratch, &room);
+      if (threadIdx.x == 0) room.run.chunks = 1;
+      a8_norm_left(batch, room.at, scratch, &room);
       continue;
     }
     a8_norm_run(batch, scratch, room.at, job, room.arena[a8_warp_number()], &room.table, &room.run);
@@ -307,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
 }
 
 // One block of threads `width` chunks.
-extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_TWO_RESIDENT)
+extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_THREE_RESIDENT)
     a8_adafactor_apply_full_kernel(a8_batch batch, float* scratch, uint32_t width) {
   __shared__ a8_chunk_room room;
   if (a8_skips(batch)) return;
@@ -317,14 +325,15 @@ extern "C" __global__ void __launch_bounds__(A8_THREADS, A8_TWO_RESIDENT)
     const a8_factor_job job = a8_this_run(batch, scratch, &room);
     if (job.tensor->second_format == A8_FACTORED) continue;
     if (!a8_suits_warp(job) || !a8_suits_apply(job)) {
-      for (uint32_t i = 0; i < room.run.chunks; ++i) a8_apply_left(batch, room.at + i, scratch, &room);
+      if (threadIdx.x == 0) room.run.chunks = 1;
+      float squares = a8_apply_left(batch, room.at, scratch, &room);
+      if (threadIdx.x == 0) a8_leave_squares_of(batch, room.at, scratch, squares);
       continue;
     }
     a8_apply_run(job, room.arena[a8_warp_number()], &room.table, &room.run);
     __syncthreads();
-    if (threadIdx.x >= room.run.chunks) continue;
-    const a8_factor_job mine = a8_factor_job_again(batch, scratch, room.at + threadIdx.x);
-    if (a8_scales(mine)) a8_leave_squares(mine, a8_fold_dealt(room.run.param_squares[threadIdx.x]));
+    if (threadIdx.x < room.run.chunks)
+      a8_leave_squares_of(batch, room.at + threadIdx.x, scratch, a8_fold_dealt(room.run.param_squares[threadIdx.x]));
   }
 }
 

@@ -69,7 +69,7 @@ A8_FN float a8_apply_factored(const a8_factor_job& job, char* arena, const a8_nf
   const bool kMomentum = kAverages != A8_NO_MOMENTUM;
   typedef a8_stages<kParam == A8_F32 ? 4 : 2, kGrad, kMomentum, false> Stages;
   const bool kEarly = !kMomentum;  // registers are left to empty a stage at once
-  Stages stages = {arena, 0};
+  Stages stages(arena);
   a8_lane_place<false> place = a8_lane_place_of<false>(job);
   place.first_format = kFirst;
   const a8_factor_write write = a8_lane_write_of<false>(job);
@@ -78,19 +78,18 @@ A8_FN float a8_apply_factored(const a8_factor_job& job, char* arena, const a8_nf
   float accumulators[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
   stages.begin(place);
   // Lanes that share nothing go their own ways.
-  const uint32_t lines = kMomentum ? place.all_lines : place.lines;
+  const uint32_t lines = Stages::kShares ? place.all_lines : place.lines;
 #pragma unroll 1
   for (uint32_t line = 0; line < lines; ++line) {
     a8_settle(&line);  // an address each from its number costs less than one that moves on
-    bool active = !kMomentum || line < place.lines;
+    bool active = !Stages::kShares || line < place.lines;
     a8_eight<kGrad> grad;
     a8_eight<kParam> param;
     a8_first_eight first;
-    uint32_t none[3];
     float root[8], m[8], u[8];
-    a8_copies_wait<Stages::kCount - 1>();
+    stages.wait();
     stages.read_values(0, &grad);
-    if (kMomentum) stages.read_state(place.first_format, &first, none, none + 2);
+    if (kMomentum) first = stages.read_first(kFirst, active);
     if (kEarly) {
       stages.read_values(Stages::kParamAt, &param);
       stages.template load<Stages::kCount>(place, line);

@@ -21,6 +21,9 @@
 
 #define A8_TYPES(param, grad) ((param) * 4u + (grad))
 
+// An element-wise second moment that a kernel is compiled for.
+enum a8_second_kind { A8_USUAL_LOG8, A8_ANY_LOG8, A8_FLOATS };
+
 // Where a lane's eights lie: of its first line here, of the next ones kStep elements on.
 template <bool kFull>
 struct a8_lane_place {
@@ -33,10 +36,10 @@ struct a8_lane_place {
   uint32_t second_shift;  // log2 of the second moment's block size
   bool log8;
 
-  // Of what a kernel is compiled for: log8 with blocks of A8_USUAL_BLOCK.
-  A8_MEMBER void expect_usual() {
-    log8 = true;
-    second_shift = 7;
+  // Of what the code is compiled for: blocks of A8_USUAL_BLOCK are usual.
+  A8_MEMBER void expect(a8_second_kind kind) {
+    log8 = kind != A8_FLOATS;
+    if (kind == A8_USUAL_LOG8) second_shift = 7;
     static_assert(A8_USUAL_BLOCK == 1 << 7, "its logarithm");
   }
 };
@@ -47,13 +50,10 @@ A8_FN uint32_t a8_lane_start() {
   return 8 * (kFull ? threadIdx.x : a8_lane());
 }
 
-A8_FN bool a8_is_usual_second(const a8_tensor* t) {
-  return t->second_format == A8_LOG8 && t->second_block_size == A8_USUAL_BLOCK;
+A8_FN a8_second_kind a8_second_kind_of(const a8_tensor* t) {
+  if (t->second_format != A8_LOG8) return A8_FLOATS;
+  return t->second_block_size == A8_USUAL_BLOCK ? A8_USUAL_LOG8 : A8_ANY_LOG8;
 }
-
-// Hide from the compiler how a value was made.
-A8_FN void a8_settle(const char** pointer) { asm("" : "+l"(*pointer)); }
-A8_FN void a8_settle(uint32_t* x) { asm("" : "+r"(*x)); }
 
 template <bool kFull>
 A8_FN a8_lane_place<kFull> a8_lane_place_of(const a8_factor_job& job) {
@@ -67,7 +67,7 @@ A8_FN a8_lane_place<kFull> a8_lane_place_of(const a8_factor_job& job) {
   place.first = a8_at<char>(t->first, t->first_format == A8_NF4 ? e / 2 : t->first_format == A8_INT8 ? e : e * 4);
   place.first_block = a8_at<char>(t->first_block, e / A8_USUAL_BLOCK * 4);
   place.log8 = t->second_format == A8_LOG8;
-  place.second_shift = 31u - (uint32_t)__clz((int)t->second_block_size);
+  place.second_shift = place.log8 ? 31u - (uint32_t)__clz((int)t->second_block_size) : 31u;
   place.second = a8_at<char>(t->second, place.log8 ? e : e * 4);
   place.second_block = a8_at<char>(t->second_block, (e >> place.second_shift) * 4);
   place.all_lines = (job.count + (place.kStep - 1)) / place.kStep;
@@ -256,25 +256,19 @@ A8_FN void a8_roots(const float* v, float bound, bool ordinary, float* root) {
 
 // a8_at_most(a8_div(1, v), bound), likewise; bound: at most the square of A8_BOUND_MAX.
 A8_FN void a8_reciprocals(const float* v, float bound, bool ordinary, float* reciprocal) {
+  if (ordinary) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
-    reciprocal[i] = ordinary ? fminf(a8_exact_reciprocal_of_any(v[i]), bound) : a8_at_most(a8_div(1.0f, v[i]), bound);
-}
-
-// The new second moment of eight elements from the old.
-template <uint32_t kGrad>
-A8_FN void a8_new_second(const a8_eight<kGrad>& grad, const a8_hyper& hyper, float* v) {
+    for (int i = 0; i < 8; ++i) reciprocal[i] = fminf(a8_exact_reciprocal_of_any(v[i]), bound);
+  } else {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    float g = a8_value<kGrad>(grad.w, i);
-    v[i] = a8_average(&hyper, v[i], g * g);
+    for (int i = 0; i < 8; ++i) reciprocal[i] = a8_at_most(a8_div(1.0f, v[i]), bound);
   }
 }
 
-// The same for any format. floats: where a float32 moment lies; read only when `active`. By whole warps.
-template <uint32_t kGrad>
+// The new second moment of eight elements from the old, of any format. floats: where a float32 moment lies; read only
+// when `active`. By whole warps.
 A8_FN void a8_new_second_of(bool log8, const uint32_t* codes, a8_log8_header header, const void* floats, bool active,
-                            const a8_eight<kGrad>& grad, const a8_hyper& hyper, float* v) {
+                            const float* g, const a8_hyper& hyper, float* v) {
   if (log8) {
     a8_log8_decode_eight(codes, header, v);
   } else {
@@ -282,7 +276,8 @@ A8_FN void a8_new_second_of(bool log8, const uint32_t* codes, a8_log8_header hea
     for (int i = 0; i < 8; ++i) v[i] = 0.0f;
     if (active) a8_get_floats(floats, 0, v);
   }
-  a8_new_second<kGrad>(grad, hyper, v);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = a8_average(&hyper, v[i], g[i] * g[i]);
 }
 
 // --- The update. ---

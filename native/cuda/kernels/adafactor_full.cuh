@@ -62,15 +62,14 @@ A8_FN void a8_deal_squares(uint32_t round, uint32_t rounds, float* accumulators,
 
 // --- The norm phase. ---
 
-// kMomentum: with a first moment that averages gradients. kUsual: the second in log8 with blocks of A8_USUAL_BLOCK,
-// else in log8 or float32. meanwhile(): is called while the first lines are on their way.
-template <uint32_t kGrad, bool kMomentum, bool kUsual, typename Meanwhile>
+// kMomentum: with a first moment that averages gradients. meanwhile(): is called while the first lines are on their way.
+template <uint32_t kGrad, bool kMomentum, a8_second_kind kSecond, typename Meanwhile>
 A8_FN void a8_full_squares(const a8_factor_job& job, char* arena, const a8_nf4_table* table, a8_run_room* room,
                            Meanwhile meanwhile) {
   typedef a8_stages<0, kGrad, kMomentum, true> Stages;
-  Stages stages = {arena, 0};
+  Stages stages(arena);
   a8_lane_place<true> place = a8_lane_place_of<true>(job);
-  if (kUsual) place.expect_usual();
+  place.expect(kSecond);
   const float bound = job.bound * job.bound;
   float accumulators[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
   stages.begin(place);
@@ -81,37 +80,51 @@ A8_FN void a8_full_squares(const a8_factor_job& job, char* arena, const a8_nf4_t
     bool active = line < place.lines;
     a8_eight<kGrad> grad;
     a8_first_eight first;
-    uint32_t codes[2], header;
-    float v[8], reciprocal[8], m[8];
-    a8_copies_wait<Stages::kCount - 1>();
+    uint32_t codes[2];
+    float g[8], v[8], reciprocal[8], m[8];
+    stages.wait();
     stages.read_values(0, &grad);
-    stages.read_state(place.first_format, &first, codes, &header);
+    if (kMomentum) first = stages.read_first(place.first_format, active);
+    const a8_log8_header before = a8_log8_unpack(stages.read_second(place, codes));
     stages.template load<Stages::kCount>(place, line);
     stages.turn();
-    a8_new_second_of<kGrad>(place.log8, codes, a8_log8_unpack(header),
-                            place.second + (uint64_t)line * (place.kStep * 4), active, grad, job.hyper, v);
+    a8_values<kGrad>(grad, g);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) a8_settle(g + i);  // else they are unpacked anew for each use
+    a8_new_second_of(place.log8, codes, before, place.second + (uint64_t)line * (place.kStep * 4), active, g, job.hyper,
+                     v);
     a8_reciprocals(v, bound, a8_are_ordinary(v), reciprocal);
     if (kMomentum)
       a8_decode_first(first, place.first_format, place.first + (uint64_t)line * (place.kStep * 4), active, table, m);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      float g = a8_value<kGrad>(grad.w, i), x = kMomentum ? a8_new_first(job, m[i], g) : g;
+      float x = kMomentum ? a8_new_first(job, m[i], g[i]) : g[i];
       if (active) accumulators[i] += x * reciprocal[i] * x;  // a8_update_square
     }
     a8_deal_squares(line, place.all_lines, accumulators, room->update_squares);
   }
 }
 
+template <uint32_t kGrad, bool kMomentum, typename Meanwhile>
+A8_FN void a8_full_squares_of(const a8_factor_job& job, char* arena, const a8_nf4_table* table, a8_run_room* room,
+                              Meanwhile meanwhile) {
+  switch (a8_second_kind_of(job.tensor)) {
+    case A8_USUAL_LOG8:
+      return a8_full_squares<kGrad, kMomentum, A8_USUAL_LOG8>(job, arena, table, room, meanwhile);
+    case A8_ANY_LOG8:
+      return a8_full_squares<kGrad, kMomentum, A8_ANY_LOG8>(job, arena, table, room, meanwhile);
+    default:
+      return a8_full_squares<kGrad, kMomentum, A8_FLOATS>(job, arena, table, room, meanwhile);
+  }
+}
+
 template <uint32_t kGrad, typename Meanwhile>
 A8_FN void a8_full_squares_of(const a8_factor_job& job, char* arena, const a8_nf4_table* table, a8_run_room* room,
                               Meanwhile meanwhile) {
-  const bool momentum = job.tensor->first_format != A8_NONE && !a8_averages_update(job);
-  if (a8_is_usual_second(job.tensor))
-    momentum ? a8_full_squares<kGrad, true, true>(job, arena, table, room, meanwhile)
-             : a8_full_squares<kGrad, false, true>(job, arena, table, room, meanwhile);
+  if (job.tensor->first_format != A8_NONE && !a8_averages_update(job))
+    a8_full_squares_of<kGrad, true>(job, arena, table, room, meanwhile);
   else
-    momentum ? a8_full_squares<kGrad, true, false>(job, arena, table, room, meanwhile)
-             : a8_full_squares<kGrad, false, false>(job, arena, table, room, meanwhile);
+    a8_full_squares_of<kGrad, false>(job, arena, table, room, meanwhile);
 }
 
 // Sums of u^2 of a run, and which of its chunks need one of p^2. at: the number of the first. By every thread of the
@@ -232,14 +245,14 @@ A8_FN void a8_put_second(const a8_factor_job& job, const a8_factor_write& write,
 #define A8_SPARE_REGISTERS true
 #endif
 
-// kUsual: as in a8_full_squares. Leaves the sums of the squares of what is stored.
-template <uint32_t kParam, uint32_t kGrad, bool kMomentum, bool kUsual>
+// Leaves the sums of the squares of what is stored.
+template <uint32_t kParam, uint32_t kGrad, bool kMomentum, a8_second_kind kSecond>
 A8_FN void a8_apply_full(const a8_factor_job& job, char* arena, const a8_nf4_table* table, a8_run_room* room) {
   typedef a8_stages<kParam == A8_F32 ? 4 : 2, kGrad, kMomentum, true> Stages;
   const bool kEarly = !kMomentum && A8_SPARE_REGISTERS;
-  Stages stages = {arena, 0};
+  Stages stages(arena);
   a8_lane_place<true> place = a8_lane_place_of<true>(job);
-  if (kUsual) place.expect_usual();
+  place.expect(kSecond);
   const a8_factor_write write = a8_lane_write_of<true>(job);
   float accumulators[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
   stages.begin(place);
@@ -250,18 +263,19 @@ A8_FN void a8_apply_full(const a8_factor_job& job, char* arena, const a8_nf4_tab
     a8_eight<kGrad> grad;
     a8_eight<kParam> param;
     a8_first_eight first;
-    uint32_t codes[2], header;
-    float v[8], root[8], m[8], u[8];
-    a8_copies_wait<Stages::kCount - 1>();
+    uint32_t codes[2];
+    float g[8], v[8], root[8], m[8], u[8];
+    stages.wait();
     stages.read_values(0, &grad);
-    stages.read_state(place.first_format, &first, codes, &header);
+    if (kMomentum) first = stages.read_first(place.first_format, active);
+    const a8_log8_header before = a8_log8_unpack(stages.read_second(place, codes));
     if (kEarly) {
       stages.read_values(Stages::kParamAt, &param);
       stages.template load<Stages::kCount>(place, line);
     }
-    a8_log8_header before = a8_log8_unpack(header);
-    a8_new_second_of<kGrad>(place.log8, codes, before, place.second + (uint64_t)line * (place.kStep * 4), active, grad,
-                            job.hyper, v);
+    a8_values<kGrad>(grad, g);
+    a8_new_second_of(place.log8, codes, before, place.second + (uint64_t)line * (place.kStep * 4), active, g, job.hyper,
+                     v);
     a8_log8_plan plan;
     if (place.log8) {
       a8_log8_header after;
@@ -272,8 +286,13 @@ A8_FN void a8_apply_full(const a8_factor_job& job, char* arena, const a8_nf4_tab
       plan.ordinary = a8_are_ordinary(v);
     }
     a8_roots(v, job.bound, plan.ordinary, root);
+    if (active && place.log8)  // at once: v takes eight registers
+      a8_put_second(job, write, place, line, plan, v);
+    else if (active)
+      a8_put_floats(v, const_cast<char*>(place.second) + (uint64_t)line * (place.kStep * 4), 0);
     if (kMomentum)
       a8_decode_first(first, place.first_format, place.first + (uint64_t)line * (place.kStep * 4), active, table, m);
+    if (kMomentum) stages.read_values(0, &grad);  // again: meanwhile its registers were of use
     a8_update_eight<kGrad, kMomentum>(job, grad, root, m, u);
     if (kMomentum) a8_put_first(place, line, active, table, m);
     if (!kEarly) {
@@ -281,26 +300,29 @@ A8_FN void a8_apply_full(const a8_factor_job& job, char* arena, const a8_nf4_tab
       stages.template load<Stages::kCount>(place, line);
     }
     stages.turn();
-    if (active) {
-      a8_put_params<kParam>(job, write, place, line, a8_update_sign<kMomentum>(job), param, u, accumulators);
-      if (place.log8)
-        a8_put_second(job, write, place, line, plan, v);
-      else
-        a8_put_floats(v, const_cast<char*>(place.second) + (uint64_t)line * (place.kStep * 4), 0);
-    }
+    if (active) a8_put_params<kParam>(job, write, place, line, a8_update_sign<kMomentum>(job), param, u, accumulators);
     a8_deal_squares(line, place.all_lines, accumulators, room->param_squares);
+  }
+}
+
+template <uint32_t kParam, uint32_t kGrad, bool kMomentum>
+A8_FN void a8_apply_full_of(const a8_factor_job& job, char* arena, const a8_nf4_table* table, a8_run_room* room) {
+  switch (a8_second_kind_of(job.tensor)) {
+    case A8_USUAL_LOG8:
+      return a8_apply_full<kParam, kGrad, kMomentum, A8_USUAL_LOG8>(job, arena, table, room);
+    case A8_ANY_LOG8:
+      return a8_apply_full<kParam, kGrad, kMomentum, A8_ANY_LOG8>(job, arena, table, room);
+    default:
+      return a8_apply_full<kParam, kGrad, kMomentum, A8_FLOATS>(job, arena, table, room);
   }
 }
 
 template <uint32_t kParam, uint32_t kGrad>
 A8_FN void a8_apply_full_of(const a8_factor_job& job, char* arena, const a8_nf4_table* table, a8_run_room* room) {
-  const bool momentum = job.tensor->first_format != A8_NONE;
-  if (a8_is_usual_second(job.tensor))
-    momentum ? a8_apply_full<kParam, kGrad, true, true>(job, arena, table, room)
-             : a8_apply_full<kParam, kGrad, false, true>(job, arena, table, room);
+  if (job.tensor->first_format != A8_NONE)
+    a8_apply_full_of<kParam, kGrad, true>(job, arena, table, room);
   else
-    momentum ? a8_apply_full<kParam, kGrad, true, false>(job, arena, table, room)
-             : a8_apply_full<kParam, kGrad, false, false>(job, arena, table, room);
+    a8_apply_full_of<kParam, kGrad, false>(job, arena, table, room);
 }
 
 // By every thread of the block; a type of a8_suits_apply.

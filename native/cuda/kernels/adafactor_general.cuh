@@ -134,15 +134,13 @@ static __device__ __noinline__ void a8_limit_general(const a8_tensor* t, const a
   if (threadIdx.x == 0) job.sums[t->chunks] = squares;
 }
 
-// Updates.
-static __device__ __noinline__ void a8_apply_general(const a8_tensor* t, const a8_hyper* h, uint32_t part,
-                                                     float* scratch, a8_general_room* room) {
+// Updates. Returns the sum of the squares of what is stored, in the first thread, if a8_scales.
+static __device__ __noinline__ float a8_apply_general(const a8_tensor* t, const a8_hyper* h, uint32_t part,
+                                                      float* scratch, a8_general_room* room) {
   const a8_factor_job job = a8_factor_job_of(t, h, scratch, part);
   const a8_factor_write write = a8_factor_write_of(job);
   a8_moment_room* moments = &room->span.moments;
   __syncthreads();  // the room may be in use
-  bool noisy_write = (job.hyper.flags & A8_STOCHASTIC_WRITE) && t->param_dtype != A8_F32;
-  bool noisy_state = job.hyper.flags & A8_STOCHASTIC_STATE;
   a8_begin_dealt(&room->dealt);
   a8_share_levels(moments->levels);
   for (uint32_t start = 0; start < job.count; start += A8_MAX_BLOCK) {
@@ -170,6 +168,8 @@ static __device__ __noinline__ void a8_apply_general(const a8_tensor* t, const a
       float2 p = a8_load_pair(t->param, t->param_dtype, pair, both);
       p.x = p.x * write.rule.decay - write.rule.step_size * x.u.x;
       p.y = p.y * write.rule.decay - write.rule.step_size * x.u.y;
+      const bool noisy_write = (job.hyper.flags & A8_STOCHASTIC_WRITE) && t->param_dtype != A8_F32;
+      const bool noisy_state = job.hyper.flags & A8_STOCHASTIC_STATE;
       a8_store_pair(t->param, t->param_dtype, pair, both, p, noisy_write,
                     noisy_write ? a8_noise_word(write.write, in_chunk) : 0u);
       if (a8_scales(job)) a8_keep_squares(&room->span, e, a8_load_pair(t->param, t->param_dtype, pair, both));
@@ -177,7 +177,5 @@ static __device__ __noinline__ void a8_apply_general(const a8_tensor* t, const a
     }
     if (a8_scales(job)) a8_add_dealt_squares(&room->span, span.count, a8_dealt_sums(t), &room->dealt);
   }
-  if (!a8_scales(job)) return;
-  float sum = a8_fold_dealt_block(a8_dealt_sums(t), &room->dealt);
-  if (threadIdx.x == 0) a8_leave_squares(job, sum);
+  return a8_scales(job) ? a8_fold_dealt_block(a8_dealt_sums(t), &room->dealt) : 0.0f;
 }

@@ -8,31 +8,31 @@ template <uint32_t kGrad, uint32_t kFirst>
 A8_FN float a8_update_squares(const a8_factor_job& job, char* arena, const a8_nf4_table* table) {
   const bool kMomentum = kFirst != A8_NONE;
   typedef a8_stages<0, kGrad, kMomentum, false> Stages;
-  Stages stages = {arena, 0};
+  Stages stages(arena);
   a8_lane_place<false> place = a8_lane_place_of<false>(job);
   place.first_format = kFirst;
   a8_matrix_place matrix = a8_matrix_place_of(job);
   float accumulators[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
   stages.begin(place);
   // Lanes that share nothing go their own ways.
+  const uint32_t lines = Stages::kShares ? place.all_lines : place.lines;
 #pragma unroll 1
-  for (uint32_t line = 0; line < place.lines; ++line) {
+  for (uint32_t line = 0; line < lines; ++line) {
     a8_settle(&line);  // an address each from its number costs less than one that moves on
+    bool active = !Stages::kShares || line < place.lines;
     a8_eight<kGrad> grad;
     a8_first_eight first;
-    uint32_t none[3];
     float root[8], m[8], u[8];
-    a8_copies_wait<Stages::kCount - 1>();
+    stages.wait();
     stages.read_values(0, &grad);
-    if (kMomentum) stages.read_state(place.first_format, &first, none, none + 2);
+    if (kMomentum) first = stages.read_first(kFirst, active);
     stages.template load<Stages::kCount>(place, line);
     stages.turn();
-    a8_factored_roots(matrix, 0, matrix.cols_end, job.bound, true, root);
+    a8_factored_roots(matrix, 0, matrix.cols_end, job.bound, active, root);
     a8_next_line(&matrix);
-    if (kMomentum)
-      a8_decode_first(first, place.first_format, place.first + (uint64_t)line * (place.kStep * 4), true, table, m);
+    if (kMomentum) a8_decode_first(first, kFirst, place.first + (uint64_t)line * (place.kStep * 4), active, table, m);
     a8_update_eight<kGrad, kMomentum>(job, grad, root, m, u);
-    a8_add_eight_squares(u, accumulators);
+    if (active) a8_add_eight_squares(u, accumulators);
   }
   return a8_fold_warp(accumulators);
 }

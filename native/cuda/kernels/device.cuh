@@ -42,6 +42,13 @@ A8_FN uint32_t a8_lanes_min(uint32_t x) {
   return ~a8_lanes_max<kLanes>(~x);
 }
 
+// Hide from the compiler how a value was made.
+A8_FN void a8_settle(const char** pointer) { asm("" : "+l"(*pointer)); }
+A8_FN void a8_settle(uint32_t* x) { asm("" : "+r"(*x)); }
+A8_FN void a8_settle(float* x) { asm("" : "+f"(*x)); }
+
+A8_FN uint32_t a8_shared_address(const void* shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
+
 // --- Asynchronous copies from global to shared memory. ---
 
 // Shared memory of a warp for what it copies ahead, in the paths that choose their layout by type: at least one unit of
@@ -52,7 +59,7 @@ A8_FN uint32_t a8_lanes_min(uint32_t x) {
 template <int kBytes>
 A8_FN void a8_copy(void* to, const char* from) {
 #if A8_AMPERE
-  uint32_t address = (uint32_t)__cvta_generic_to_shared(to);
+  uint32_t address = a8_shared_address(to);
   if (kBytes == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
   else
@@ -67,7 +74,7 @@ A8_FN void a8_copy(void* to, const char* from) {
 template <int kBytes, bool kCached = (kBytes < 16)>
 A8_FN void a8_copy_or_zero(void* to, const char* from, bool exists) {
 #if A8_AMPERE
-  uint32_t address = (uint32_t)__cvta_generic_to_shared(to), bytes = exists ? kBytes : 0;
+  uint32_t address = a8_shared_address(to), bytes = exists ? kBytes : 0;
   if (!kCached)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
   else

@@ -20,6 +20,12 @@ struct a8_eight {
   uint32_t w[kWords];
 };
 
+template <uint32_t kDtype>
+A8_FN void a8_values(const a8_eight<kDtype>& x, float* values) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) values[i] = a8_value<kDtype>(x.w, i);
+}
+
 // kLast: nobody reads it again in this step.
 template <uint32_t kDtype, bool kLast>
 A8_FN void a8_get(a8_eight<kDtype>* x, const void* base, int64_t e) {

@@ -35,8 +35,6 @@ A8_FN void a8_share_nf4_table(a8_nf4_table* table) {
   if (threadIdx.x < 16) table->levels[threadIdx.x] = a8_nf4_levels[threadIdx.x];
 }
 
-A8_FN uint32_t a8_shared_address(const void* shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
-
 // The sign of the difference is the comparison's result, with NaN a positive one.
 A8_FN uint32_t a8_nf4_code(uint32_t bins, float x) {
   float middle;

@@ -179,6 +179,8 @@ static inline size_t __cvta_generic_to_shared(const void* pointer) {
   return (size_t)(at - __start_emulated_shared);
 }
 
+static inline void* __cvta_shared_to_generic(size_t address) { return __start_emulated_shared + address; }
+
 // --- Numbers. ---
 
 template <typename A, typename B>
