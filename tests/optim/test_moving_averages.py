@@ -223,7 +223,8 @@ def test_small_values_of_lions_average_move(backend: Any, stochastic: bool, dtyp
     optimizer = a8multi.Lion8bit(params, lr=0.0, stochastic_rounding=stochastic)
     grad = torch.linspace(-0.19, 0.19, 33 * 128).to(dtype)
     grad[::128] = torch.where(torch.arange(33) % 2 == 0, 1.0, -1.0).to(dtype)
-    apply(optimizer, params, [100.0 * grad * (grad.abs() == 1.0)])  # so that the largest are one from the first step on
+    first = 100.0 * grad * (grad.abs() == 1.0)  # so that the largest are one from the first step on
+    apply(optimizer, params, [first.to(backend.device)])
     for _ in range(200):
         apply(optimizer, params, [grad.to(backend.device)])
     held = decoded(optimizer.state[params[0]], "exp_avg", (33 * 128,), 128)
