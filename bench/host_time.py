@@ -23,7 +23,6 @@ import a8multi
 from a8multi.backend import marshal
 from a8multi.optim.hypers import hypers_of
 from a8multi.plan import StepPlan
-from a8multi.plan.schedule import SCHEDULE
 
 
 class LaunchesNothing:
@@ -66,12 +65,11 @@ def parts(optimizer: Any, params: list[torch.nn.Parameter]) -> dict[str, Callabl
     hypers, _ = hypers_of(work, optimizer._hyper, optimizer._schedule, False)
     work.take_grads()
     work.plan.grads, work.plan.addresses = work.grads, work.addresses
-    tables, none = marshal._DeviceTables(), np.empty(0, SCHEDULE)
-    arrays = [none, hypers, work.plan.tensors, work.plan.chunks, work.plan.tiles]
+    tables = marshal._DeviceTables()
 
     def upload() -> None:
         work.plan.edition += 1
-        tables.updated(work.plan, arrays)
+        tables.batch(work.plan, hypers)
 
     found = {
         "options": lambda: roster._options_hold(optimizer._check_group),

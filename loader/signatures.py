@@ -56,4 +56,5 @@ SIGNATURES: tuple[Signature, ...] = (
         Op.READER,
     ),
     Signature("a8_read_values", _STATUS, (_PYTHON, py_object, c_uint32, py_object, c_uint32), Op.READER),
+    Signature("a8_upload", _STATUS, (_EXEC, c_void_p, c_void_p, c_uint32), Op.UPLOAD),
 )

@@ -71,6 +71,7 @@ class Op(IntFlag):
     ELEMENTWISE = 2
     ADAFACTOR = 4
     READER = 8
+    UPLOAD = 16
 
 
 class RuleKind(IntEnum):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,7 @@ _KERNELS = {
     "codec": ("quantize", "dequantize"),
     "draw": ("draw",),
     "schedule": ("derive",),
+    "upload": ("upload",),
     "screen": ("screen",),
 }
 _ADAFACTOR = ("adafactor_norm_full", "totals")  # one kernel of each file that its steps want
@@ -109,6 +110,10 @@ class CupyBackend:
     def _few_chunks(self) -> int:
         return geometry()["A8_FEW_CHUNKS"]
 
+    @cached_property
+    def _upload_bytes(self) -> int:
+        return geometry()["A8_UPLOAD_BYTES"]
+
     def _kernel(self, name: str) -> Any:
         """The function ``a8_<name>_kernel``, a name of _KERNELS."""
         if name not in self._kernels:
@@ -135,8 +140,8 @@ class CupyBackend:
             with stream:
                 yield
 
-    def _run(self, name: str, grid: int, *arguments: ctypes.Structure | np.generic) -> None:
-        """Launches on the current device and stream. A struct is passed by value."""
+    def _run(self, name: str, grid: int, *arguments: ctypes.Structure | np.generic | np.ndarray) -> None:
+        """Launches on the current device and stream. A struct is passed by value, and so is an array."""
         values = [
             np.frombuffer(bytes(x), dtype=np.dtype(type(x))) if isinstance(x, ctypes.Structure) else x
             for x in arguments
@@ -147,12 +152,18 @@ class CupyBackend:
         with self._on(device):
             self._run(name, grid, *arguments)
 
+    def _upload(self, device: torch.device, data: bytes, to: int) -> None:
+        words = np.zeros(self._upload_bytes // 4, np.uint32)
+        words.view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
+        with self._on(device):
+            self._run("upload", 1, words, np.uint64(to), np.uint32(len(data) // 4))
+
     def _batch(self, plan: StepPlan, hypers: np.ndarray, live: Live | None, *names: str) -> structs.Batch:
         """The batch of a plan, its hypers derived on the device where steps are counted there.
 
         names: of kernels that the step will want, which must compile before a counter moves.
         """
-        batch, schedules = marshal.batch_of(plan, hypers, live)
+        batch, schedules = marshal.batch_of(plan, hypers, live, partial(self._upload, plan.device))
         if live is not None and schedules is not None:
             with self._on(plan.device):
                 for name in names:
@@ -181,7 +192,7 @@ class CupyBackend:
     def screen(
         self, plan: StepPlan, scale: Tensor | None, found: Tensor, hypers: np.ndarray, live: Live | None = None
     ) -> None:
-        batch, _ = marshal.batch_of(plan, hypers, live)
+        batch, _ = marshal.batch_of(plan, hypers, live, partial(self._upload, plan.device))
         addresses = np.uint64(0 if scale is None else scale.data_ptr()), np.uint64(found.data_ptr())
         self._launch("screen", plan.device, batch.chunk_count, batch, *addresses)
 

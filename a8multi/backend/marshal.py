@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from a8multi.loader import structs
+from a8multi.loader import geometry, structs
 from a8multi.plan import Live, StepPlan
 from a8multi.plan.schedule import SCHEDULE
 from a8multi.plan.step_plan import DTYPES
@@ -17,42 +20,64 @@ from .streams import Followed
 _ALIGNMENT = 256  # of a table in device memory, bytes
 
 
-def batch_of(plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> tuple[structs.Batch, int | None]:
+# Writes bytes to an address in device memory, in the order of the current stream: at most A8_UPLOAD_BYTES of them.
+Upload = Callable[[bytes, int], None]
+
+_sizes = cache(geometry)
+
+
+def batch_of(
+    plan: StepPlan, hypers: np.ndarray, live: Live | None = None, upload: Upload | None = None
+) -> tuple[structs.Batch, int | None]:
     """The batch of a plan, and the address of the schedules from which its hypers are to be derived first, if any.
 
     ``plan``, ``hypers`` and ``live`` must live until the calls that use them have returned. On CUDA the tables are
     copied to the device in stream order, without a synchronisation, and only those that have changed since the last
-    step; the plan keeps the copies. In a captured step everything is copied, to memory of the graph's own.
+    step; the plan keeps the copies, and the batch until its next one. In a captured step everything is copied, to
+    memory of the graph's own.
+
+    upload: for a few bytes of the tables; None: all go by way of pinned memory.
     """
-    tensors = plan.address()
+    plan.address()
+    if plan.device.type == "cuda" and not (live is not None and live.capturing):
+        if plan.device_tables is None:
+            plan.device_tables = _DeviceTables()
+        plan.device_tables.follow(plan)
+        found: tuple[structs.Batch, int | None] = plan.device_tables.batch(plan, hypers, live, upload)
+        return found
+    tables = _tables_of(plan, hypers, live)
+    if plan.device.type == "cuda" and live is not None:
+        return _batch_at(plan, tables, _captured(plan, tables, live))
+    return _batch_at(plan, tables, [_address(table) for table in tables])
+
+
+def _tables_of(plan: StepPlan, hypers: np.ndarray, live: Live | None) -> list[np.ndarray]:
+    """Schedules, hypers, then tensors, chunks and tiles: from what changes most often to what never does."""
     schedules = live.records if live is not None else _NOTHING
-    chunks, factored = (plan.chunks, 0) if plan.device.type == "cpu" else plan.chunks_by_kind
-    tables = [schedules, hypers, tensors, chunks, plan.tiles]
-    if plan.device.type == "cuda":
-        if live is not None and live.capturing:
-            at = _captured(plan, tables, live)
-        else:
-            if plan.device_tables is None:
-                plan.device_tables = _DeviceTables()
-            plan.device_tables.follow(plan)
-            at = plan.device_tables.updated(plan, tables)
-            if live is not None and len(schedules):
-                live.staged_bytes += _starts_of(tables)[1]
-                _staging.reserve(live.staged_bytes)
-    else:
-        at = [_address(table) for table in tables]
+    chunks = plan.chunks if plan.device.type == "cpu" else plan.chunks_by_kind[0]
+    return [schedules, hypers, plan.tensors, chunks, plan.tiles]
+
+
+def _batch_at(
+    plan: StepPlan, tables: list[np.ndarray], addresses: list[int | None]
+) -> tuple[structs.Batch, int | None]:
+    """``batch_of`` of tables that are at these addresses."""
     batch = structs.Batch(
-        tensor_count=len(tensors),
-        chunk_count=len(chunks),
+        tensor_count=len(plan.tensors),
+        chunk_count=len(plan.chunks),
         tile_count=len(plan.tiles),
-        hyper_count=len(hypers),
-        factored_chunks=factored,
+        hyper_count=len(tables[1]),
+        factored_chunks=0 if plan.device.type == "cpu" else plan.chunks_by_kind[1],
         rule=int(plan.rule),
         hints=int(plan.hints),
-        skip=plan.skip.data_ptr() if plan.skip is not None else None,
+        skip=_flag_of(plan),
     )
-    first, batch.hypers, batch.tensors, batch.chunks, batch.tiles = at
+    first, batch.hypers, batch.tensors, batch.chunks, batch.tiles = addresses
     return batch, first
+
+
+def _flag_of(plan: StepPlan) -> int | None:
+    return plan.skip.data_ptr() if plan.skip is not None else None
 
 
 def scratch_of(plan: StepPlan, live: Live | None) -> Tensor:
@@ -92,18 +117,18 @@ def _pinned(size: int) -> Tensor:
 
 
 class _DeviceTables:
-    """A plan's tables in one piece of device memory: schedules, hypers, then tensors, chunks and tiles.
+    """A plan's tables in one piece of device memory, in the order of ``_tables_of``, and the batch that points there.
 
-    That is from what changes most often to what never does, so that what has changed is always a prefix: one copy.
+    What has changed is always a prefix: one copy.
     """
 
     def __init__(self) -> None:
         self._edition = -1  # of plan.tensors, as last copied
-        self._hypers = b""
-        self._sizes: tuple[int, int] = (0, 0)
+        self._data = b""  # of schedules and hypers
+        self._counts: tuple[int, int] = (0, 0)
         self._starts: list[int] = []
-        self._addresses: list[int | None] = []
         self._memory: Tensor | None = None
+        self._found: tuple[structs.Batch, int | None] = structs.Batch(), None
         self._followed = Followed()
 
     def follow(self, plan: StepPlan) -> None:
@@ -111,26 +136,39 @@ class _DeviceTables:
         scratch = vars(plan).get("scratch")  # if it has been made
         self._followed.use(plan.device, [one for one in (self._memory, scratch) if one is not None])
 
-    def updated(self, plan: StepPlan, tables: list[np.ndarray]) -> list[int | None]:
-        """Addresses of the five tables, None for an empty one, after copying what is not up to date."""
-        schedules, hypers = tables[:2]
-        data = schedules.tobytes() + hypers.tobytes()
-        memory = self._memory
-        if memory is None or self._sizes != (len(schedules), len(hypers)):
+    def batch(
+        self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None, upload: Upload | None = None
+    ) -> tuple[structs.Batch, int | None]:
+        """``batch_of``, after copying what is not up to date."""
+        schedules = live.records if live is not None else _NOTHING
+        data = hypers.tobytes() if not len(schedules) else schedules.tobytes() + hypers.tobytes()
+        memory, counts = self._memory, (len(schedules), len(hypers))
+        changed = 0  # so many of the tables
+        if memory is None or self._counts != counts:
+            tables = _tables_of(plan, hypers, live)
             self._starts, size = _starts_of(tables)
-            # The old memory, if any, is freed for this stream's later use only.
-            memory = self._memory = torch.empty(size, dtype=torch.uint8, device=plan.device)
-            self._addresses = _addresses(memory, self._starts, tables)
+            # The old memory, if any, is freed for this stream's later use only. An error below leaves none.
+            self._memory = None
+            memory = torch.empty(size, dtype=torch.uint8, device=plan.device)
+            self._found = _batch_at(plan, tables, _addresses(memory, self._starts, tables))
             changed = len(tables)
         elif self._edition != plan.edition:
             changed = 3
-        else:
-            changed = 2 if data != self._hypers else 0
+        elif self._data != data:
+            if upload is not None and not len(schedules) and len(data) <= _sizes()["A8_UPLOAD_BYTES"]:
+                upload(data, memory.data_ptr())
+            else:
+                changed = 2
         if changed:
-            size = self._starts[changed - 1] + tables[changed - 1].nbytes
-            _copy(memory[:size], _pinned(size), tables[:changed], self._starts)
-            self._edition, self._hypers, self._sizes = plan.edition, data, (len(schedules), len(hypers))
-        return self._addresses
+            tables = _tables_of(plan, hypers, live)[:changed]
+            size = self._starts[changed - 1] + tables[-1].nbytes
+            _copy(memory[:size], _pinned(size), tables, self._starts)
+        self._memory, self._edition, self._data, self._counts = memory, plan.edition, data, counts
+        if live is not None and len(schedules):
+            live.staged_bytes += memory.numel()
+            _staging.reserve(live.staged_bytes)
+        self._found[0].skip = _flag_of(plan)
+        return self._found
 
 
 def _addresses(memory: Tensor, starts: list[int], tables: list[np.ndarray]) -> list[int | None]:

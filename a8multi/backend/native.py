@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,10 +39,12 @@ class NativeBackend:
         self.name = name
         self.library: Library = load(name)
         self.isa_ran: str | None = None
+        self._uploads = structs.Op.UPLOAD in self.library.info.ops
 
     def report(self) -> BackendReport:
         info = self.library.info
-        offered = info.ops & ~structs.Op.READER  # which no backend offers: optim/reader.py uses it
+        # What no backend offers: optim/reader.py uses the one, the steps the other.
+        offered = info.ops & ~(structs.Op.READER | structs.Op.UPLOAD)
         ops = tuple(op.name.lower() for op in structs.Op if op in offered and op.name)
         detail = info.architectures
         if self.name == "cpu":
@@ -71,28 +74,44 @@ class NativeBackend:
             )
         return structs.Isa[chosen.upper()]
 
-    def _call(self, entry: str, device: torch.device, *arguments: Any, scratch: Any = None) -> None:
-        where = structs.Exec(threads=torch.get_num_threads())
-        if scratch is not None:
-            where.scratch, where.scratch_bytes = scratch.data_ptr(), scratch.numel() * 4
+    def _where(self, device: torch.device, scratch: Tensor | None = None) -> structs.Exec:
+        where = structs.Exec()
         if device.type == "cuda":
             where.device, where.stream = device.index, streams.current(device)
-            with streams.on(device):
-                self.library.call(entry, ctypes.byref(where), *arguments)
         else:
-            where.isa = self._isa()
-            self.library.call(entry, ctypes.byref(where), *arguments)
+            where.threads, where.isa = torch.get_num_threads(), self._isa()
+        if scratch is not None:
+            where.scratch, where.scratch_bytes = scratch.data_ptr(), scratch.numel() * 4
+        return where
+
+    def _call(self, entry: str, where: structs.Exec, *arguments: Any) -> None:
+        """Calls an entry; where it runs on a CUDA device, that is to be the current one."""
+        self.library.call(entry, ctypes.byref(where), *arguments)
         self.isa_ran = structs.Isa(where.isa_ran).name.lower() if where.isa_ran else None
+
+    def _call_once(self, entry: str, device: torch.device, *arguments: Any) -> None:
+        with streams.on(device):
+            self._call(entry, self._where(device), *arguments)
+
+    def _batch(
+        self, plan: StepPlan, hypers: np.ndarray, live: Live | None, where: structs.Exec
+    ) -> tuple[structs.Batch, int | None]:
+        return marshal.batch_of(plan, hypers, live, partial(self._upload, where) if self._uploads else None)
+
+    def _upload(self, where: structs.Exec, data: bytes, to: int) -> None:
+        self._call("a8_upload", where, data, to, len(data))
 
     def _step(
         self, entry: str, plan: StepPlan, hypers: np.ndarray, live: Live | None, *more: int, scratch: Any = None
     ) -> None:
-        batch, schedules = marshal.batch_of(plan, hypers, live)
+        where = self._where(plan.device, scratch)
         try:
-            if live is not None and schedules is not None:
-                tables = (ctypes.cast(schedules, _SCHEDULES), ctypes.cast(batch.hypers, _HYPERS))
-                self._call("a8_derive", plan.device, *tables, batch.hyper_count, live.advanced())
-            self._call(entry, plan.device, ctypes.byref(batch), *more, scratch=scratch)
+            with streams.on(plan.device):
+                batch, schedules = self._batch(plan, hypers, live, where)
+                if live is not None and schedules is not None:
+                    tables = (ctypes.cast(schedules, _SCHEDULES), ctypes.cast(batch.hypers, _HYPERS))
+                    self._call("a8_derive", where, *tables, batch.hyper_count, live.advanced())
+                self._call(entry, where, ctypes.byref(batch), *more)
         except NativeError as error:
             names = ", ".join(f"{i}: {item.name}" for i, item in enumerate(plan.items[:64]))
             raise NativeError(error.status, f"{error.message} (tensors {names})", error.entry) from error
@@ -105,9 +124,11 @@ class NativeBackend:
     def screen(
         self, plan: StepPlan, scale: Tensor | None, found: Tensor, hypers: np.ndarray, live: Live | None = None
     ) -> None:
-        batch, _ = marshal.batch_of(plan, hypers, live)
+        where = self._where(plan.device)
         divisor = None if scale is None else scale.data_ptr()
-        self._call("a8_screen", plan.device, ctypes.byref(batch), divisor, found.data_ptr())
+        with streams.on(plan.device):
+            batch, _ = self._batch(plan, hypers, live, where)
+            self._call("a8_screen", where, ctypes.byref(batch), divisor, found.data_ptr())
 
     def adafactor(self, plan: StepPlan, hypers: np.ndarray, live: Live | None = None) -> None:
         self._step("a8_adafactor", plan, hypers, live, int(plan.phases), scratch=marshal.scratch_of(plan, live))
@@ -124,7 +145,7 @@ class NativeBackend:
     def draw(self, matrix: Tensor, taken: Tensor, before: Tensor | None, gap: int, seed: int, noise_id: int) -> None:
         counters = taken.data_ptr(), None if before is None else before.data_ptr()
         array = matrix.data_ptr(), matrix.numel(), DTYPES[matrix.dtype]
-        self._call("a8_draw", matrix.device, *array, *counters, gap, seed & 0xFFFFFFFF, seed >> 32, noise_id)
+        self._call_once("a8_draw", matrix.device, *array, *counters, gap, seed & 0xFFFFFFFF, seed >> 32, noise_id)
 
     def quantize(
         self,
@@ -137,11 +158,11 @@ class NativeBackend:
         seed: int,
     ) -> None:
         codec = marshal.codec_of(values, codes, blocks, fmt, block_size, stochastic, seed)
-        self._call("a8_quantize", values.device, ctypes.byref(codec))
+        self._call_once("a8_quantize", values.device, ctypes.byref(codec))
 
     def dequantize(self, codes: Tensor, blocks: Tensor, values: Tensor, fmt: StateFormat, block_size: int) -> None:
         codec = marshal.codec_of(values, codes, blocks, fmt, block_size)
-        self._call("a8_dequantize", values.device, ctypes.byref(codec))
+        self._call_once("a8_dequantize", values.device, ctypes.byref(codec))
 
 
 def require_cuda() -> None:

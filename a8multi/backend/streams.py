@@ -12,6 +12,8 @@ from torch import Tensor
 # What torch.compile asks for the stream: an integer at once, where the public way makes an object first.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
+_STAY: AbstractContextManager[Any] = nullcontext()  # on the device that is current
+
 
 def current(device: torch.device) -> int:
     """Address of torch's current stream of a device."""
@@ -21,12 +23,23 @@ def current(device: torch.device) -> int:
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes the device current, and afterwards the one that was.
+    """Makes a CUDA device current, and afterwards the one that was.
 
     By torch and not by the CUDA runtime, whose cudaSetDevice starts a device that nobody has used yet: to go back to
     device 0 would cost a process that works on another one some hundred MB there.
     """
-    return nullcontext() if device.index in (None, torch.cuda.current_device()) else torch.cuda.device(device)
+    if device.type != "cuda" or device.index is None or device.index == torch.cuda.current_device():
+        return _STAY
+    return torch.cuda.device(device)
+
+
+def is_captured(devices: Iterable[torch.device]) -> bool:
+    """Whether the current stream of one of the devices is being captured in a CUDA graph."""
+    for device in devices:
+        with on(device):
+            if torch.cuda.is_current_stream_capturing():
+                return True
+    return False
 
 
 class Followed:

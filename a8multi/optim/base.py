@@ -7,7 +7,6 @@ checks the inputs, keeps the plans, calls the backend and counts the steps. Stat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -187,14 +186,10 @@ class LowBitOptimizer(torch.optim.Optimizer):
         """Whether the stream of one of the parameters' devices is being captured in a CUDA graph."""
         if not torch.cuda.is_initialized():
             return False
-        devices = set(self._roster.works) if self._roster is not None else set()
-        if not devices:
-            devices = {param.device for group in self.param_groups for param in group["params"]}
-        for device in devices:
-            with streams.on(device) if device.type == "cuda" else nullcontext():
-                if torch.cuda.is_current_stream_capturing():
-                    return True
-        return False
+        devices: Iterable[torch.device] = self._roster.works if self._roster is not None else ()
+        return streams.is_captured(
+            devices or {param.device for group in self.param_groups for param in group["params"]}
+        )
 
     def _check_capturable(self) -> None:
         for where, group in enumerate(self.param_groups):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from a8multi.loader import structs
 from a8multi.plan import Live, Schedule
 from a8multi.plan.schedule import SCHEDULE
 from a8multi.plan.step_plan import HYPER
@@ -43,23 +44,23 @@ def hypers_of(
     outline = work.outlines.get(kind)
     if outline is None:
         outline = work.outlines[kind] = _Outline(work, constants, schedule_of)
-    rows: list[tuple[Any, ...]] = []
     rates: list[Tensor | None] = []
-    for at, fields, schedule in zip(outline.keys_at, outline.fields, outline.schedules, strict=True):
+    on_device = outline.counts
+    for at, record, schedule in zip(outline.keys_at, outline.records, outline.schedules, strict=True):
         group, step, _ = work.row_keys[at]
         check_lr(group["lr"])
-        record = fields.copy()
         rate = rate_on_device(group["lr"], work.device) if lr is None else None
         if rate is None:
-            record["lr"] = float(group["lr"]) if lr is None else lr
+            record.lr, record.lr_device = float(group["lr"]) if lr is None else lr, None
         else:
-            record["lr_device"] = rate.data_ptr()
+            record.lr, record.lr_device = 0.0, rate.data_ptr()
+            on_device = True
         if not isinstance(step, Tensor):
-            record.update(schedule.derived(step + 1))
-        rows.append(tuple(record.values()))
+            for name, value in schedule.derived(step + 1).items():
+                setattr(record, name, value)
         rates.append(rate)
-    table = np.array(rows, HYPER)
-    if not outline.counts and all(rate is None for rate in rates):
+    table = np.frombuffer(bytearray(outline.records), HYPER)  # copy() of an array goes field by field
+    if not on_device:
         return table, None
     of_row = outline.of_row
     schedules = [outline.schedules[i] for i in of_row]
@@ -79,7 +80,7 @@ class _Outline:
     Parameters whose steps are counted on the device have a row each, but for one group and type the same record.
 
     Attributes:
-        fields: of each record ``a8_hyper`` by name; lr and what follows from the step are 0.
+        records: of ``a8_hyper``. Each step writes lr and what follows from the step.
         schedules: of each record.
         keys_at: of each record the first row whose it is.
         of_row: of each row its record.
@@ -87,7 +88,7 @@ class _Outline:
     """
 
     def __init__(self, work: Work, constants: Constants, schedule_of: Callable[[Group], Schedule]) -> None:
-        self.fields: list[dict[str, Any]] = []
+        fields: list[dict[str, Any]] = []
         self.schedules: list[Schedule] = []
         self.keys_at: list[int] = []
         self.of_row: list[int] = []
@@ -98,13 +99,15 @@ class _Outline:
             self.counts |= taken is None
             key = (id(group), taken, dtype)
             if key not in numbers:
-                numbers[key] = len(self.fields)
+                numbers[key] = len(fields)
                 seed = int(group["seed"])
                 seeds = {"seed_low": seed & 0xFFFFFFFF, "seed_high": seed >> 32}
-                self.fields.append({**dict.fromkeys(HYPER.names or (), 0), **constants(group, dtype), **seeds})
+                fields.append({**dict.fromkeys(HYPER.names or (), 0), **constants(group, dtype), **seeds})
                 self.schedules.append(schedule_of(group))
                 self.keys_at.append(at)
             self.of_row.append(numbers[key])
+        table = np.array([tuple(one.values()) for one in fields], HYPER)
+        self.records = (structs.Hyper * len(fields)).from_buffer_copy(table.tobytes())
 
 
 def rate_on_device(lr: Any, device: torch.device) -> Tensor | None:

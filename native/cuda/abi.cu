@@ -14,6 +14,7 @@
 #include "kernels/schedule.cuh"
 #include "kernels/screen.cuh"
 #include "kernels/totals.cuh"
+#include "kernels/upload.cuh"
 
 #ifndef A8_ARCHITECTURES
 #define A8_ARCHITECTURES "unknown"
@@ -239,7 +240,8 @@ cudaError_t launch_adafactor(const a8_batch& batch, float* scratch, uint32_t pha
 
 A8_EXPORT int32_t a8_get_info(a8_info* info) {
   a8_message[0] = 0;
-  if (int32_t status = fill_info(info, "cuda", A8_OP_CODEC | A8_OP_ELEMENTWISE | A8_OP_ADAFACTOR)) return status;
+  if (int32_t status = fill_info(info, "cuda", A8_OP_CODEC | A8_OP_ELEMENTWISE | A8_OP_ADAFACTOR | A8_OP_UPLOAD))
+    return status;
   info->toolkit = CUDART_VERSION;
   snprintf(info->architectures, sizeof info->architectures, "%s", A8_ARCHITECTURES);
   return A8_OK;
@@ -297,6 +299,18 @@ A8_EXPORT int32_t a8_draw(a8_exec* exec, void* values, int64_t numel, uint32_t d
   return on_device(exec, "drawing a random matrix", [&](cudaStream_t stream) {
     a8_draw_kernel<<<grid_for((numel + 1) / 2, A8_THREADS), A8_THREADS, 0, stream>>>(
         values, numel, dtype, taken, before, gap, seed_low, seed_high, noise_id);
+    return cudaGetLastError();
+  });
+}
+
+A8_EXPORT int32_t a8_upload(a8_exec* exec, const void* from, void* to, uint32_t bytes) {
+  a8_message[0] = 0;
+  if (int32_t status = check_upload(exec, from, to, bytes)) return status;
+  if (bytes == 0) return A8_OK;
+  a8_upload_words words;
+  memcpy(words.at, from, bytes);
+  return on_device(exec, "copying a table", [&](cudaStream_t stream) {
+    a8_upload_kernel<<<1, A8_THREADS, 0, stream>>>(words, static_cast<uint32_t*>(to), bytes / 4);
     return cudaGetLastError();
   });
 }

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from kernel_sources import entry_files, kernels_of
 
 from a8multi.backend import cupy as cupy_backend
 from a8multi.errors import BackendUnavailable
-from a8multi.loader import flatten
+from a8multi.loader import flatten, geometry
 
 
 def test_every_kernel_that_is_asked_for_is_in_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +40,14 @@ def test_every_kernel_that_is_asked_for_is_in_its_source(monkeypatch: pytest.Mon
     for name in cupy_backend._FILES:
         backend._kernel(name)
     assert len(asked) == len(cupy_backend._FILES) > 0
+
+    launched: list[Any] = []
+    monkeypatch.setattr(backend, "_on", lambda device: nullcontext())
+    monkeypatch.setattr(backend, "_kernel", lambda name: lambda grid, block, values: launched.append((name, *values)))
+    backend._upload(torch.device("cuda", 0), bytes(range(1, 13)), 4096)
+    ((name, words, to, count),) = launched
+    assert (name, to, count) == ("upload", 4096, 3)
+    assert words.tobytes() == bytes(range(1, 13)) + bytes(geometry()["A8_UPLOAD_BYTES"] - 12)
 
     def refuse(**_: Any) -> None:
         raise RuntimeError("nvrtc: error: no such option")

@@ -184,7 +184,7 @@ def test_wrong_batches_are_refused(native: NativeBackend) -> None:
         batch, _ = marshal.batch_of(plan, hypers)
         for name, value in fields.items():
             setattr(batch, name, value)
-        native._call(entry, plan.device, ctypes.byref(batch), *more, scratch=scratch)
+        native._call(entry, native._where(plan.device, scratch), ctypes.byref(batch), *more)
 
     call("a8_elementwise", int(Phase.ALL_PHASES))
     call("a8_screen", None, found.data_ptr(), hypers=None, rule=99)

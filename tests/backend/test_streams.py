@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -40,3 +42,30 @@ def test_the_current_device_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
     assert made == []
     streams.on(torch.device("cuda", 0))
     assert made == [torch.device("cuda", 0)]
+
+
+def test_what_is_not_a_cuda_device_is_never_made_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("CUDA was asked"))
+    for device in ("cpu", "cpu:0", "meta"):
+        with streams.on(torch.device(device)):
+            pass
+
+
+def test_a_capture_on_any_of_the_devices_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, captured = [0], 1
+
+    @contextmanager
+    def switch(device: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", switch)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == captured)
+    cpu, first, second = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
+    assert not streams.is_captured([first])
+    assert not streams.is_captured([cpu, first])
+    assert streams.is_captured([first, second])
+    assert streams.is_captured([second])
+    assert current == [0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from a8multi.backend.native import NativeBackend
-from a8multi.loader import Library
+from a8multi.loader import Library, structs
 from a8multi.loader.structs import BatchHint, Flag, Phase, RuleKind
 from a8multi.optim import state as state_of
 from a8multi.plan import Item, Moments, MomentSpec, Schedule, StepPlan, matrix_shape
@@ -131,17 +131,17 @@ class EmulatedBackend(NativeBackend):
     """
 
     def __init__(self, library: Library, order: int = 0, multiprocessors: int = 1) -> None:
-        self.name, self.library, self.isa_ran = "cuda", library, None
+        self.name, self.library, self.isa_ran, self._uploads = "cuda", library, None, True
         self._set = ctypes.CDLL(str(library.path)).emulate
         self._set.argtypes, self._set.restype = (ctypes.c_uint32, ctypes.c_int32), None
         self._settings = order, multiprocessors
         self.factored_chunks = 0  # of the batches of Adafactor's steps
 
-    def _call(self, entry: str, device: torch.device, *arguments: Any, **more: Any) -> None:
+    def _call(self, entry: str, where: structs.Exec, *arguments: Any) -> None:
         self._set(*self._settings)
         if entry == "a8_adafactor":
             arguments[0]._obj.factored_chunks = self.factored_chunks
-        super()._call(entry, device, *arguments, **more)
+        super()._call(entry, where, *arguments)
 
 
 @dataclass

@@ -15,11 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from emulation.driver import EmulatedBackend, Run, differ, differences, placed
+from emulation.driver import EmulatedBackend, Run, bytes_of, differ, differences, placed
 from emulation.families import DTYPES, FAMILIES
 
 from a8multi.backend.native import NativeBackend
-from a8multi.loader import Library, structs
+from a8multi.errors import NativeError
+from a8multi.loader import Library, geometry, structs
 from a8multi.plan.schedule import SCHEDULE
 from a8multi.plan.step_plan import HYPER
 from a8multi.quant.formats import FORMATS
@@ -180,8 +181,33 @@ def test_derive(emulated: Callable[[int], Library]) -> None:
         for step, advance in enumerate((1, 0, 1, 1, 1, 1, 1)):
             skip.fill_(float(step == 3))
             pointers = records.ctypes.data_as(_SCHEDULES), hypers.ctypes.data_as(_HYPERS)
-            backend._call("a8_derive", counters.device, *pointers, len(records), advance)
+            backend._call_once("a8_derive", counters.device, *pointers, len(records), advance)
             seen.append((hypers.tobytes(), counters.tolist()))
         tables.append(seen)
     assert tables[0] == tables[1]
     assert tables[1][-1][1] == [5 + k % 2 for k in range(len(schedules))]
+
+
+@pytest.mark.parametrize("size", [0, 4, 96, 1020, geometry()["A8_UPLOAD_BYTES"]])
+def test_upload(emulated: Callable[[int], Library], size: int) -> None:
+    """So many bytes, none beyond them."""
+    data = bytes(torch.randint(0, 256, (size,), generator=torch.Generator().manual_seed(size)).tolist())
+    backend, there = EmulatedBackend(emulated(900), order=6), placed("there", torch.zeros(size // 4 + 1), 0)
+    expected = placed("there", there.data, 0)
+    bytes_of(expected)[:size] = np.frombuffer(data, np.uint8)
+    backend._upload(backend._where(there.data.device), data, there.data.data_ptr())
+    assert not (what := differ(expected, there)), what
+
+
+def test_what_cannot_be_uploaded_is_refused(emulated: Callable[[int], Library]) -> None:
+    backend, there = EmulatedBackend(emulated(900)), torch.zeros(1000)
+    to, most = there.data_ptr(), geometry()["A8_UPLOAD_BYTES"]
+    for words, data, at in (
+        ("from or to is null", bytes(4), 0),
+        ("not aligned to 4 bytes", bytes(4), to + 2),
+        ("6 bytes: not a multiple of 4", bytes(6), to),
+        (f"{most + 4} bytes: .*more than {most}", bytes(most + 4), to),
+    ):
+        with pytest.raises(NativeError, match=words):
+            backend._upload(backend._where(there.device), data, at)
+    assert not there.any()

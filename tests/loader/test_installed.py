@@ -61,7 +61,7 @@ def test_cpu_library_says_what_it_is() -> None:
 def test_null_arguments_are_refused_with_words() -> None:
     found = library.load("cpu")
     for entry in SIGNATURES:
-        if entry.op is not None:
+        if entry.op is not None and entry.op in found.info.ops:
             with pytest.raises(library.NativeError) as caught:
                 found.call(entry.name, *(None if hasattr(kind, "contents") else 0 for kind in entry.argtypes))
             assert caught.value.status == structs.Status.ERROR_ARGUMENT

@@ -36,7 +36,7 @@ enum a8_format {
 enum a8_isa { A8_ISA_AUTO = 0, A8_ISA_BASELINE = 1, A8_ISA_AVX2 = 2, A8_ISA_AVX512 = 3, A8_ISA_NEON = 4 };
 
 // Bits of a8_info.ops: what this library can do.
-enum a8_op { A8_OP_CODEC = 1, A8_OP_ELEMENTWISE = 2, A8_OP_ADAFACTOR = 4, A8_OP_READER = 8 };
+enum a8_op { A8_OP_CODEC = 1, A8_OP_ELEMENTWISE = 2, A8_OP_ADAFACTOR = 4, A8_OP_READER = 8, A8_OP_UPLOAD = 16 };
 
 // a8_batch.rule: what a8_elementwise does to an element (rules.h has the formulas and their sources).
 enum a8_rule_kind {
@@ -319,6 +319,9 @@ typedef struct a8_interpreter {
 // turn. a8_read_values: an error unless the values of `count` dictionaries, one after the other, are the very objects
 // of a list. Both are called with the interpreter's lock held; objects of Python are borrowed, and an exception of
 // Python's may be set when they return.
+// a8_upload (of a GPU's library only): copies `bytes` of host memory, a multiple of 4 and at most A8_UPLOAD_BYTES
+// (geometry.h), to device memory in stream order, as arguments of a kernel: nothing is allocated, and the caller may
+// write `from` again at once. Both are aligned to 4 bytes.
 #if !defined(__CUDACC_RTC__)
 A8_EXPORT int32_t a8_get_info(a8_info* info);
 A8_EXPORT const char* a8_last_error(void);
@@ -334,4 +337,5 @@ A8_EXPORT int32_t a8_read_tensors(const a8_interpreter* python, void* params, vo
                                   int64_t* facts, uint32_t fact_count, uint64_t* addresses, uint32_t learns);
 A8_EXPORT int32_t a8_read_values(const a8_interpreter* python, void* dicts, uint32_t count, void* values,
                                  uint32_t value_count);
+A8_EXPORT int32_t a8_upload(a8_exec* exec, const void* from, void* to, uint32_t bytes);
 #endif

@@ -80,6 +80,14 @@ inline int32_t check_derive(const a8_exec* exec, const a8_schedule* from, const 
   return A8_OK;
 }
 
+inline int32_t check_upload(const a8_exec* exec, const void* from, const void* to, uint32_t bytes) {
+  if (!exec || (bytes && (!from || !to))) return fail(A8_ERROR_ARGUMENT, "exec, from or to is null");
+  if (!aligned(from, 4) || !aligned(to, 4)) return fail(A8_ERROR_ARGUMENT, "from or to is not aligned to 4 bytes");
+  if (bytes % 4 || bytes > A8_UPLOAD_BYTES)
+    return fail(A8_ERROR_ARGUMENT, "%u bytes: not a multiple of 4, or more than %d", bytes, A8_UPLOAD_BYTES);
+  return A8_OK;
+}
+
 inline int32_t check_draw(const a8_exec* exec, const void* values, int64_t numel, uint32_t dtype, const int64_t* taken,
                           const int64_t* before, int64_t gap) {
   if (!exec || !values || !taken) return fail(A8_ERROR_ARGUMENT, "exec, values or taken is null");

@@ -35,6 +35,10 @@
 // Threads of a block of every CUDA kernel. Not part of the numerics.
 #define A8_THREADS 256
 
+// The most that a8_upload copies: together with an address and a count it fits into a kernel's 4 KB of arguments. Not
+// part of the numerics.
+#define A8_UPLOAD_BYTES 1024
+
 // So many chunks of Adafactor's are few: each then has a block of threads of its own, for a GPU takes some hundreds of
 // blocks at a time. Not part of the numerics.
 #ifndef A8_FEW_CHUNKS
