@@ -111,8 +111,10 @@ class CupyBackend:
         return geometry()["A8_FEW_CHUNKS"]
 
     @cached_property
-    def _upload_bytes(self) -> int:
-        return geometry()["A8_UPLOAD_BYTES"]
+    def _words(self) -> type[ctypes.Structure]:
+        """``a8_upload_words`` of upload.cuh."""
+        words = ctypes.c_uint32 * (geometry()["A8_UPLOAD_BYTES"] // 4)
+        return type("a8_upload_words", (ctypes.Structure,), {"_fields_": [("at", words)]})
 
     def _kernel(self, name: str) -> Any:
         """The function ``a8_<name>_kernel``, a name of _KERNELS."""
@@ -140,8 +142,8 @@ class CupyBackend:
             with stream:
                 yield
 
-    def _run(self, name: str, grid: int, *arguments: ctypes.Structure | np.generic | np.ndarray) -> None:
-        """Launches on the current device and stream. A struct is passed by value, and so is an array."""
+    def _run(self, name: str, grid: int, *arguments: ctypes.Structure | np.generic) -> None:
+        """Launches on the current device and stream. A struct is passed by value."""
         values = [
             np.frombuffer(bytes(x), dtype=np.dtype(type(x))) if isinstance(x, ctypes.Structure) else x
             for x in arguments
@@ -153,8 +155,8 @@ class CupyBackend:
             self._run(name, grid, *arguments)
 
     def _upload(self, device: torch.device, data: bytes, to: int) -> None:
-        words = np.zeros(self._upload_bytes // 4, np.uint32)
-        words.view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
+        words = self._words()
+        ctypes.memmove(ctypes.addressof(words), data, len(data))
         with self._on(device):
             self._run("upload", 1, words, np.uint64(to), np.uint32(len(data) // 4))
 

@@ -47,6 +47,7 @@ def test_every_kernel_that_is_asked_for_is_in_its_source(monkeypatch: pytest.Mon
     backend._upload(torch.device("cuda", 0), bytes(range(1, 13)), 4096)
     ((name, words, to, count),) = launched
     assert (name, to, count) == ("upload", 4096, 3)
+    assert words.size == 1  # CuPy takes an array of one element for a value, others it refuses
     assert words.tobytes() == bytes(range(1, 13)) + bytes(geometry()["A8_UPLOAD_BYTES"] - 12)
 
     def refuse(**_: Any) -> None:

@@ -201,6 +201,7 @@ def test_cuda(measure: Measure) -> None:
     assert status == 0
     assert result["config"]["device"] == "cuda:0"
     assert result["backend"] == "cuda"
+    assert [row["note"] for row in result["rows"]] == [None] * 3
     _, ours, same = result["rows"]
     assert all(run["validation_loss"] < 4.5 < 5 < run["curve"][0] for run in ours["runs"])
     assert abs(same["difference"]) < 1e-3
