@@ -254,20 +254,14 @@ A8_FN void a8_roots(const float* v, float bound, bool ordinary, float* root) {
   }
 }
 
-// a8_update_square of eight, bound: the square of one that is at most A8_BOUND_MAX. kOfGradient: x is what v has taken in,
-// so that its square is finite where v is ordinary.
-template <bool kOfGradient>
-A8_FN void a8_squares_without_roots(const float* x, const float* v, float bound, bool ordinary, float* squares) {
+// a8_at_most(a8_div(1, v), bound), likewise; bound: at most the square of A8_BOUND_MAX.
+A8_FN void a8_reciprocals(const float* v, float bound, bool ordinary, float* reciprocal) {
   if (ordinary) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float square = kOfGradient ? x[i] * x[i] : a8_bounded(x[i] * x[i], A8_FLOAT_MAX);
-      squares[i] = square * fminf(a8_exact_reciprocal_of_any(v[i]), bound);
-    }
+    for (int i = 0; i < 8; ++i) reciprocal[i] = fminf(a8_exact_reciprocal_of_any(v[i]), bound);
   } else {
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      squares[i] = a8_at_most(x[i] * x[i], A8_FLOAT_MAX) * a8_at_most(a8_div(1.0f, v[i]), bound);
+    for (int i = 0; i < 8; ++i) reciprocal[i] = a8_at_most(a8_div(1.0f, v[i]), bound);
   }
 }
 

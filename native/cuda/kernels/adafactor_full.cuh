@@ -81,7 +81,7 @@ A8_FN void a8_full_squares(const a8_factor_job& job, char* arena, const a8_nf4_t
     a8_eight<kGrad> grad;
     a8_first_eight first;
     uint32_t codes[2];
-    float g[8], v[8], x[8], squares[8];
+    float g[8], v[8], reciprocal[8], m[8];
     stages.wait();
     stages.read_values(0, &grad);
     if (kMomentum) first = stages.read_first(place.first_format, active);
@@ -89,16 +89,18 @@ A8_FN void a8_full_squares(const a8_factor_job& job, char* arena, const a8_nf4_t
     stages.template load<Stages::kCount>(place, line);
     stages.turn();
     a8_values<kGrad>(grad, g);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) a8_settle(g + i);  // else they are unpacked anew for each use
     a8_new_second_of(place.log8, codes, before, place.second + (uint64_t)line * (place.kStep * 4), active, g, job.hyper,
                      v);
+    a8_reciprocals(v, bound, a8_are_ordinary(v), reciprocal);
     if (kMomentum)
-      a8_decode_first(first, place.first_format, place.first + (uint64_t)line * (place.kStep * 4), active, table, x);
+      a8_decode_first(first, place.first_format, place.first + (uint64_t)line * (place.kStep * 4), active, table, m);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = kMomentum ? a8_new_first(job, x[i], g[i]) : g[i];
-    a8_squares_without_roots<!kMomentum>(x, v, bound, a8_are_ordinary(v), squares);
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (active) accumulators[i] += squares[i];
+    for (int i = 0; i < 8; ++i) {
+      float x = kMomentum ? a8_new_first(job, m[i], g[i]) : g[i];
+      if (active) accumulators[i] += x * reciprocal[i] * x;  // a8_update_square
+    }
     a8_deal_squares(line, place.all_lines, accumulators, room->update_squares);
   }
 }

@@ -45,6 +45,7 @@ A8_FN uint32_t a8_lanes_min(uint32_t x) {
 // Hide from the compiler how a value was made.
 A8_FN void a8_settle(const char** pointer) { asm("" : "+l"(*pointer)); }
 A8_FN void a8_settle(uint32_t* x) { asm("" : "+r"(*x)); }
+A8_FN void a8_settle(float* x) { asm("" : "+f"(*x)); }
 
 A8_FN uint32_t a8_shared_address(const void* shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
 

@@ -19,13 +19,10 @@ A8_FN uint32_t a8_fingerprint(uint32_t fingerprint, uint32_t bits) { return (fin
 // 1 / sqrt(v), at most 1 / eps: the reciprocal root of max(v, eps^2), for elements, row means and column means alike.
 A8_FN float a8_reciprocal_root(float v) { return a8_div(1.0f, a8_sqrt(v)); }
 
-#define A8_FLOAT_MAX 3.40282347e38f
-
 // What the norm phase adds for an element with a second moment of its own: the square of x / sqrt(v), 1 / sqrt(v) at
-// most `bound`. Without a root, but where the bound's square overflows. A square of x that does is cut off: 1 / v is
-// zero then, or all but zero.
+// most `bound`. Without a root, but where the bound's square overflows.
 A8_FN float a8_update_square(float x, float v, float bound) {
-  if (bound <= 1.8e19f) return a8_at_most(x * x, A8_FLOAT_MAX) * a8_at_most(a8_div(1.0f, v), bound * bound);
+  if (bound <= 1.8e19f) return x * a8_at_most(a8_div(1.0f, v), bound * bound) * x;
   float u = x * a8_at_most(a8_reciprocal_root(v), bound);
   return u * u;
 }
