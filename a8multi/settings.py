@@ -80,6 +80,9 @@ REQUIRE_BACKEND = Setting(
 
 SETTINGS = (BACKEND, CPU_ISA, LIBRARY_PATH, LOG, REQUIRE_BACKEND)
 
+_DECIDING = [setting.name for setting in (BACKEND, CPU_ISA, LIBRARY_PATH)]  # which backend runs
+_DECIDING_KEYS = [os.environ.encodekey(name) for name in _DECIDING]
+
 
 def _text(setting: Setting) -> str:
     return os.environ.get(setting.name, "").strip() or setting.default
@@ -105,6 +108,13 @@ def backend() -> tuple[str, ...] | None:
     """
     text = _text(BACKEND)
     return None if text.lower() == "auto" else _names(BACKEND, text)
+
+
+def deciding() -> tuple[object, ...]:
+    """Something that differs when a variable does on which the choice of a backend depends. Cheap: every step asks."""
+    # os.environ decodes what it holds, and raises and catches an error for what is unset: ten times the time.
+    held = getattr(os.environ, "_data", None)
+    return tuple(map(os.environ.get, _DECIDING) if held is None else map(held.get, _DECIDING_KEYS))
 
 
 def cpu_isa() -> str:

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from a8multi.loader import geometry, structs
+from a8multi.loader import structs
 from a8multi.plan import Live, StepPlan
 from a8multi.plan.schedule import SCHEDULE
-from a8multi.plan.step_plan import DTYPES
+from a8multi.plan.step_plan import DTYPES, sizes
 from a8multi.quant.formats import StateFormat
 
 from .streams import Followed
 
 _ALIGNMENT = 256  # of a table in device memory, bytes
-
+_NOTHING = np.empty(0, SCHEDULE)
 
 # Writes bytes to an address in device memory, in the order of the current stream: at most A8_UPLOAD_BYTES of them.
 Upload = Callable[[bytes, int], None]
-
-_sizes = cache(geometry)
 
 
 def batch_of(
@@ -89,9 +86,6 @@ def scratch_of(plan: StepPlan, live: Live | None) -> Tensor:
     return scratch
 
 
-_NOTHING = np.empty(0, SCHEDULE)
-
-
 def _address(table: np.ndarray) -> int | None:
     return table.ctypes.data if len(table) else None
 
@@ -155,7 +149,8 @@ class _DeviceTables:
         elif self._edition != plan.edition:
             changed = 3
         elif self._data != data:
-            if upload is not None and not len(schedules) and len(data) <= _sizes()["A8_UPLOAD_BYTES"]:
+            if upload is not None and not len(schedules) and len(data) <= sizes()["A8_UPLOAD_BYTES"]:
+                self._data = b""  # unknown, should this fail
                 upload(data, memory.data_ptr())
             else:
                 changed = 2

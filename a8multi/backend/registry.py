@@ -8,7 +8,6 @@ reason; a forced choice that cannot run raises.
 from __future__ import annotations
 
 import importlib
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,11 +49,6 @@ _misfits: dict[tuple[str, torch.device], str | None] = {}
 _chosen: dict[tuple[object, ...], Backend] = {}
 _told: set[str] = set()
 _lock = threading.Lock()
-# What os.environ holds, in which a look-up takes a tenth of the time: it neither decodes nor raises inside. Every step
-# makes these.
-_variables: Any = getattr(os.environ, "_data", os.environ)
-_NAMES = (settings.BACKEND.name, settings.CPU_ISA.name, settings.LIBRARY_PATH.name)
-_KEYS = _NAMES if _variables is os.environ else tuple(map(os.environ.encodekey, _NAMES))
 _override: ContextVar[tuple[str, ...] | None] = ContextVar("a8multi_backend", default=None)
 
 
@@ -135,7 +129,7 @@ def backend_for(device: torch.device | str, op: str = "elementwise") -> Backend:
     """
     device = torch.device(device)
     # Every step asks: an answer stands while nothing changes that it depends on.
-    key = (device, op, _override.get(), *map(_variables.get, _KEYS))
+    key = (device, op, _override.get(), *settings.deciding())
     if key not in _chosen:
         backend, refused = _choose(device, op)
         _tell(device, op, backend.name, refused)

@@ -30,7 +30,7 @@ DTYPES = {
 
 
 # Read once: plans of strided parameters are made at every step.
-_sizes = cache(geometry)
+sizes = cache(geometry)
 
 
 def has_norm(rule: structs.RuleKind) -> bool:
@@ -76,7 +76,7 @@ class StepPlan:
     @cached_property
     def tensors(self) -> np.ndarray:
         """One ``a8_tensor`` an item, with host values of every device address. The tables below follow from it."""
-        sizes = _sizes()
+        size = sizes()
         items = self.items
         table = np.zeros(len(items), TENSOR)
         table["numel"] = [item.param.numel() for item in items]
@@ -90,9 +90,9 @@ class StepPlan:
         _fill_moment(table, "second", [(item.moments.second, item.second, item.second_block) for item in items])
         _fill_moment(table, "third", [(item.moments.third, item.third, item.third_block) for item in items])
         table["limiter"] = [item.limiter.data_ptr() if item.limiter is not None else 0 for item in items]
-        table["chunks"] = -(-table["numel"] // sizes["A8_CHUNK"])
-        row_tiles = -(-table["rows"] // sizes["A8_TILE_ROWS"])
-        col_tiles = -(-table["cols"] // sizes["A8_TILE_COLS"])
+        table["chunks"] = -(-table["numel"] // size["A8_CHUNK"])
+        row_tiles = -(-table["rows"] // size["A8_TILE_ROWS"])
+        col_tiles = -(-table["cols"] // size["A8_TILE_COLS"])
         table["tiles"] = row_tiles * col_tiles
         table["chunk_at"] = _starts(table["chunks"])
         table["tile_at"] = _starts(table["tiles"])
@@ -100,7 +100,7 @@ class StepPlan:
         # and a fingerprint a chunk. Each begins at a multiple of 16 bytes, which the GPU's wide loads need.
         row_floats, col_floats = _padded(col_tiles * table["rows"]), _padded(row_tiles * table["cols"])
         residual_floats = np.where(table["third_format"] == structs.Format.FACTORED, row_floats + col_floats, 0)
-        sum_floats = _padded(sizes["A8_TOTALS"] + 3 * table["chunks"].astype(np.int64))
+        sum_floats = _padded(size["A8_TOTALS"] + 3 * table["chunks"].astype(np.int64))
         table["row_at"] = _starts(row_floats + col_floats + residual_floats + sum_floats)
         table["col_at"] = table["row_at"] + row_floats
         table["residual_at"] = table["col_at"] + col_floats
@@ -145,7 +145,7 @@ class StepPlan:
     @property
     def scratch_floats(self) -> int:
         last = self.tensors[-1]
-        return int(last["sum_at"]) + _sizes()["A8_TOTALS"] + 3 * int(last["chunks"])
+        return int(last["sum_at"]) + sizes()["A8_TOTALS"] + 3 * int(last["chunks"])
 
     @cached_property
     def scratch(self) -> Tensor:
@@ -191,7 +191,7 @@ class StepPlan:
 def _is_usual(item: Item) -> bool:
     """Whether moments, formats and types are those of most steps, for which there are kernels."""
     types = item.param.dtype, item.grad_dtype
-    block = _sizes()["A8_USUAL_BLOCK"]
+    block = sizes()["A8_USUAL_BLOCK"]
     stored = (item.moments.first, structs.Format.INT8), (item.moments.second, structs.Format.LOG8)
     formats = all(spec is None or (spec.code == fmt and spec.block_size == block) for spec, fmt in stored)
     typed = types[0] == types[1] or types == (torch.bfloat16, torch.float32)

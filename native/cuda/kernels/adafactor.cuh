@@ -175,14 +175,12 @@ typedef struct a8_chunk_room {
 } a8_chunk_room;
 
 // Blocks of threads that share a multiprocessor: the compiler then allows itself 80 registers, or 128. Before Ampere
-// shared memory has room for one. Kernels of their own for the two kinds of second moment: each with the registers it
-// needs.
+// shared memory has room for one.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900)
 #define A8_THREE_RESIDENT 3
 #else
 #define A8_THREE_RESIDENT (A8_AMPERE ? 2 : 1)
 #endif
-#define A8_TWO_RESIDENT (A8_AMPERE ? 2 : 1)
 
 A8_FN void a8_norm_left(const a8_batch& batch, uint32_t index, float* scratch, a8_chunk_room* room) {
   const a8_chunk unit = batch.chunks[index];
@@ -196,7 +194,9 @@ A8_FN float a8_apply_left(const a8_batch& batch, uint32_t index, float* scratch,
   return a8_apply_general(t, batch.hypers + t->hyper, unit.part, scratch, &room->general);
 }
 
-// At the end of a chunk's apply phase. The job anew: kept, its pointers would take the registers that the update needs.
+// At the end of a chunk's apply phase, by a thread as a8_leave_squares wants it: a lane that has had the chunk's first
+// elements, or any thread after a barrier. The job anew: kept, its pointers would take the registers of the update.
+static_assert(A8_SAMPLES <= 8, "of a lane's own eight");
 A8_FN void a8_leave_squares_of(const a8_batch& batch, uint32_t index, float* scratch, float squares) {
   const a8_factor_job job = a8_factor_job_again(batch, scratch, index);
   if (a8_scales(job)) a8_leave_squares(job, squares);

@@ -62,7 +62,7 @@ A8_FN void a8_deal_squares(uint32_t round, uint32_t rounds, float* accumulators,
 
 // --- The norm phase. ---
 
-// kMomentum: with a first moment that averages gradients. meanwhile(): is called while the first lines are on their way.
+// kMomentum: with a first moment that averages gradients. meanwhile(): is called while the first lines are coming.
 template <uint32_t kGrad, bool kMomentum, a8_second_kind kSecond, typename Meanwhile>
 A8_FN void a8_full_squares(const a8_factor_job& job, char* arena, const a8_nf4_table* table, a8_run_room* room,
                            Meanwhile meanwhile) {

@@ -168,6 +168,7 @@ static __device__ __noinline__ float a8_apply_general(const a8_tensor* t, const 
       float2 p = a8_load_pair(t->param, t->param_dtype, pair, both);
       p.x = p.x * write.rule.decay - write.rule.step_size * x.u.x;
       p.y = p.y * write.rule.decay - write.rule.step_size * x.u.y;
+      // Here, not before the loops, for the registers.
       const bool noisy_write = (job.hyper.flags & A8_STOCHASTIC_WRITE) && t->param_dtype != A8_F32;
       const bool noisy_state = job.hyper.flags & A8_STOCHASTIC_STATE;
       a8_store_pair(t->param, t->param_dtype, pair, both, p, noisy_write,

@@ -7,7 +7,7 @@
 #include "adafactor_fast.cuh"
 
 // Each warp has an arena of its own (A8_ARENA_BYTES): neighbours may work on other types, in other layouts. Lines in
-// flight, at most: of gradients alone, and with state; more of the latter take 1% or 2% longer (docs/decisions/0024).
+// flight, at most: without moments, and with one or two; more of the latter take 1% or 2% longer (docs/decisions/0024).
 #define A8_MOST_STAGES 8
 #define A8_STATE_STAGES 3
 
@@ -45,7 +45,7 @@ struct a8_stages {
   // Codes of the first moment. Those of nf4 are half as many; only where the format is known their place is too.
   A8_MEMBER char* first_codes(uint32_t format) const { return of_lane(kFirstAt, !kFull && format == A8_NF4 ? 4 : 8); }
 
-  // The headers of the lane's blocks. Called by whole warps, `leads` tells whether the lane copies it.
+  // The headers of the lane's blocks, and whether the lane copies them for the others.
   A8_MEMBER char* scale() const { return in_stage(kScaleAt + a8_lane() / (A8_USUAL_BLOCK / 8) * 4); }
   A8_MEMBER static bool leads_first() { return a8_lane() % (A8_USUAL_BLOCK / 8) == 0; }
   A8_MEMBER char* header(const a8_lane_place<kFull>& place) const {
