@@ -165,7 +165,9 @@ class CupyBackend:
 
         names: of kernels that the step will want, which must compile before a counter moves.
         """
-        self._kernel("upload")  # compiles in the first step, though a later one is the first to want it
+        if "upload" not in self._kernels:  # compiles in the first step, though a later one is the first to want it
+            with self._on(plan.device):
+                self._kernel("upload")
         batch, schedules = marshal.batch_of(plan, hypers, live, partial(self._upload, plan.device))
         if live is not None and schedules is not None:
             with self._on(plan.device):
