@@ -26,7 +26,7 @@ from torch import Tensor
 from a8multi.backend.base import Backend
 from a8multi.backend.streams import Followed
 from a8multi.loader.structs import BatchHint, RuleKind
-from a8multi.plan import Item, Live, Moments, MomentSpec, StepPlan
+from a8multi.plan import Item, Live, Moments, MomentSpec, StepPlan, plain
 from a8multi.plan.step_plan import HYPER
 
 from .roster import Work
@@ -202,7 +202,7 @@ class Projection:
     def run(self, backend: Backend, work: Work, tables: Tables, drawn: Drawn) -> None:
         """One step of all."""
         steps = [tables.taken[work.rows[i]] for i in self.members]
-        grads = [work.grads[i].contiguous() for i in self.members]
+        grads = [plain(work.grads[i]) for i in self.members]
         skip = work.plan.skip
         if work.device.type == "cuda":
             self._followed.use(work.device, [*self._room, *drawn.matrices()])
@@ -221,9 +221,12 @@ class Projection:
         """From the sums of all waves to where the main plan has what each row and column scales the gradient by."""
         below = [plans.below for _, plans in self._waves]
         scales = [plans.above for _, plans in self._waves]
-        # A channel without a gradient has an update of zero besides: 0 / tiny.
-        torch._foreach_clamp_min_(below, torch.finfo(torch.float32).tiny)
+        # A channel without a gradient may have averages of earlier ones: what it is scaled by must be finite, for
+        # infinity times zero is NaN. A NaN of a gradient stays one.
+        float32 = torch.finfo(torch.float32)
+        torch._foreach_clamp_min_(below, float32.tiny)
         torch._foreach_div_(scales, below)
+        torch._foreach_clamp_max_(scales, float32.max)
         torch._foreach_sqrt_(scales)
         gained = [each for _, plans in self._waves for each in plans.gained]
         torch._foreach_mul_([scale for scale, _ in gained], [gain for _, gain in gained])

@@ -335,3 +335,26 @@ def test_a_step_that_fails_counts_as_a_write(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RuntimeError, match="device is gone"):
         run(optimizer, params, range(1, 2))
     assert all(param._version > before for param, before in zip(params, versions, strict=True))
+
+
+@pytest.mark.parametrize("kind", [
+    lambda params: a8multi.APOLLO8bit(params, rank=256, weight_decay=0.0),
+    lambda params: a8multi.APOLLO8bit(params, rank=1, scale_type="tensor", scale=128.0, weight_decay=0.0),
+    lambda params: a8multi.Adafactor8bit(params, apollo_rank=32, beta1=0.9, beta2=0.999, weight_decay=0.0),
+    lambda params: a8multi.APOLLO8bit(params, rank=256, enable_fira=True, weight_decay=0.0),
+], ids=["channel", "mini", "adafactor", "fira"])  # fmt: skip
+@pytest.mark.parametrize("zero", ["rows", "columns", "all"])
+def test_channels_without_a_gradient_after_one_stay_finite(kind: Any, zero: str, backend: BackendCase) -> None:
+    """Rows of tokens that a batch lacks, dead features, idle experts: their averages are not zero (pitfall 4)."""
+    params = parameters([(300, 512), (512, 300)], device=backend.device)
+    optimizer = kind(params)
+    for step in range(4):
+        grads = gradients(params, step, scale=1.0)
+        if step:
+            for grad in grads:
+                {"rows": grad[::3], "columns": grad[:, ::3], "all": grad}[zero].zero_()
+        before = [param.detach().clone() for param in params]
+        apply(optimizer, params, grads)
+        for param, old, grad in zip(params, before, grads, strict=True):
+            assert param.isfinite().all()
+            assert torch.equal(param[grad == 0], old[grad == 0])  # the update is the gradient, scaled
