@@ -7,6 +7,7 @@ from torch import Tensor
 
 from a8multi.backend.registry import backend_for
 from a8multi.errors import StateFormatError
+from a8multi.plan import plain
 from a8multi.plan.step_plan import DTYPES
 from a8multi.quant.formats import FORMATS, StateFormat, check_block_size
 
@@ -81,7 +82,7 @@ def quantize_blockwise(
             'values: log8 stores values >= 0 only, and there are negative ones; use format="int8" or "nf4"'
         )
     backend = backend_for(values.device, "codec")
-    backend.quantize(values.contiguous(), codes, blocks, fmt, block_size, bool(stochastic), seed)
+    backend.quantize(plain(values), codes, blocks, fmt, block_size, bool(stochastic), seed)
     return codes, blocks
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from a8multi.errors import StateFormatError
+from a8multi.plan import plain
 
 # Of torch and torchao: name -> why it cannot be carried, and what to do.
 AMSGRAD = {
@@ -151,7 +152,7 @@ class Fields:
             )
         if not value.is_floating_point():
             raise self.place.error(name, f"{_words(value)} holds no numbers", "Is `source` the package that wrote it?")
-        return value.detach().float().contiguous()
+        return plain(value.detach().float())
 
     def shaped(self, name: str, values: Tensor, shape: Sequence[int]) -> Tensor:
         if tuple(values.shape) != tuple(shape):

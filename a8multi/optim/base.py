@@ -19,14 +19,15 @@ from a8multi.backend.base import Backend
 from a8multi.backend.registry import backend_for
 from a8multi.errors import StateFormatError
 from a8multi.loader.structs import Flag, RuleKind
-from a8multi.plan import Item, Live, Moments, Schedule, StepPlan, matrix_shape
+from a8multi.plan import Item, Live, Moments, Schedule, StepPlan, matrix_shape, plain
 
 from . import state as state_of
-from .checks import check_grad, check_param
+from .checks import check_grad, check_params
 from .hooked import hooked_if_watched
 from .hypers import hypers_of
 from .roster import Group, Roster, Work
 from .screen import Screen
+from .watched import WatchedState
 
 # Options that say how the optimizer runs, not what it computes.
 _OF_THE_RUN = ("capturable", "skip_nonfinite")
@@ -34,7 +35,7 @@ _OF_THE_RUN = ("capturable", "skip_nonfinite")
 _OF_MOMENTS = ("beta1", "beta3", "momentum", "centered")
 
 
-class LowBitOptimizer(torch.optim.Optimizer):
+class LowBitOptimizer(WatchedState):
     """Base of the optimizers; not for use by itself."""
 
     # The registry's name of the operation, which rule of the element-wise ones it is, and the group options that decide
@@ -88,14 +89,14 @@ class LowBitOptimizer(torch.optim.Optimizer):
         """Add a group of parameters, as torch.optim.Optimizer does.
 
         Raises:
-            ValueError: for an option that is not valid, or parameters that are complex, sparse or not floating.
+            ValueError: for an option that is not valid, parameters that are complex, sparse, not floating or parts of a
+                DTensor, or one that is there twice.
         """
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
             self._check_group(group)
-            for param in group["params"]:
-                check_param(param)
+            check_params(group["params"])
         except Exception:
             self.param_groups.pop()
             raise
@@ -124,7 +125,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         def put(_: torch.optim.Optimizer) -> None:
             params = [param for group in self.param_groups for param in group["params"]]
             for index, saved in kept.items():
-                self.state[params[index]] = saved
+                self._states[params[index]] = saved
             self._roster = None
 
         before = self.register_load_state_dict_pre_hook(take)
@@ -227,8 +228,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
                 if grad is None or not param.numel():
                     roster.idle.append(param)
                 else:
-                    # Not self.state[param]: a later error must leave no trace.
-                    state = self.state.get(param, {})
+                    # Not self._states[param]: a later error must leave no trace.
+                    state = self._states.get(param, {})
                     roster.work(param.device).add(param, grad, group, number, state, self._is_projected(group, param))
                 number += 1
         for device, work in roster.works.items():
@@ -278,7 +279,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         for each in arguments:
             state_of.ensure(*each)
         for param, state in zip(work.params, work.states, strict=True):
-            self.state[param] = state
+            self._states[param] = state
         work.assign_rows()
         items = [self._item(work, i, work.params[i]) for i in work.planned(list(range(len(work.params))))]
         # A replay writes parameters without a word to the host, so nothing that it knows of their squares would hold.
@@ -375,10 +376,10 @@ class LowBitOptimizer(torch.optim.Optimizer):
             self._update_strided(run, work, indices, hypers, *more)
 
     def _update_strided(self, run: Callable[..., None], work: Work, indices: list[int], *hypers: Any) -> None:
-        """Parameters that are not contiguous, or whose gradients are not, by way of copies."""
-        items = [self._item(work, i, work.params[i].contiguous()) for i in indices]
+        """Parameters that are not ``is_plain``, or whose gradients are not, by way of copies."""
+        items = [self._item(work, i, plain(work.params[i])) for i in indices]
         plan = StepPlan(work.device, items, rule=self._rule)
-        plan.grads = [work.grads[i].contiguous() for i in indices]
+        plan.grads = [plain(work.grads[i]) for i in indices]
         plan.skip = work.plan.skip
         run(plan, *hypers)
         for i, item in zip(indices, items, strict=True):

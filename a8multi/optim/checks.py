@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -73,8 +73,20 @@ def check_grad(param: Tensor, grad: Tensor, name: Callable[[], str]) -> None:
     raise ValueError(f"gradient of {name()}: {problem}")
 
 
-def check_param(param: Tensor) -> None:
-    """Raise ValueError unless the parameter is of a type that a step takes."""
+def check_params(params: Sequence[Tensor]) -> None:
+    """Raise ValueError unless a step takes all parameters of a group, each of which is there once."""
+    for param in params:
+        _check_param(param)
+    if len(set(map(id, params))) < len(params):
+        raise ValueError("params: a parameter is in the group twice, and would have two states; give it once")
+
+
+def _check_param(param: Tensor) -> None:
+    if hasattr(param, "full_tensor"):
+        raise ValueError(
+            "params: a DTensor (of fully_shard or a tensor-parallel layer) is not supported yet; "
+            "DistributedDataParallel and ZeroRedundancyOptimizer are"
+        )
     if param.is_complex():
         raise ValueError("params: complex parameters are not supported; optimize torch.view_as_real(param) instead")
     if param.dtype not in DTYPES:

@@ -2,12 +2,14 @@
 
 torch.optim.Optimizer wraps the ``step`` of every class for step hooks and a label in profiles. That is a sixth of the
 host's time for a step of many small tensors, or more: docs/decisions/0023-step-without-its-wrapper.md.
+
+torch.compile leaves a step as it is: of tables for native calls it has nothing to compile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, TypeVar, cast
 
 import torch
@@ -39,7 +41,13 @@ def hooked_if_watched(step: _Step) -> _Step:
         # A subclass with a step of its own, which calls this one, is in torch's wrapper already.
         inner = type(self).step is not run
         watched = _profiled() or any(_OF_ALL) or any(getattr(self, name, True) for name in _OWN)
-        return (hooked if watched and not inner else bare)(self, *args, **kwargs)
+        return _uncompiled(hooked if watched and not inner else bare)(self, *args, **kwargs)
 
     run.hooked = True  # type: ignore[attr-defined]  # so torch marks those that it has wrapped
+    run._torchdynamo_disable = True  # type: ignore[attr-defined]  # nor is `run` a part of what is compiled
     return cast(_Step, run)
+
+
+@cache  # made at the first step, for it imports the compiler; so does torch when an optimizer is built
+def _uncompiled(step: Callable[..., Any]) -> Callable[..., Any]:
+    return cast(Callable[..., Any], torch.compiler.disable(step))

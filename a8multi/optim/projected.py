@@ -16,7 +16,7 @@ from torch import Tensor
 from a8multi.backend.base import Backend
 from a8multi.errors import StateFormatError
 from a8multi.loader.structs import Flag, ScheduleRule
-from a8multi.plan import Moments, MomentSpec, Schedule, matrix_shape
+from a8multi.plan import Moments, MomentSpec, Schedule, is_plain, matrix_shape, plain
 
 from .base import LowBitOptimizer
 from .checks import check_number
@@ -154,7 +154,7 @@ class ProjectedOptimizer(LowBitOptimizer):
         return Projection(work.device, indices, items, projectors)
 
     def _projection_of_contiguous(self, work: Work) -> Projection | None:
-        flat = [i for i in work.projected if work.params[i].is_contiguous() and work.grads[i].is_contiguous()]
+        flat = [i for i in work.projected if is_plain(work.params[i]) and is_plain(work.grads[i])]
         return self._projection(work, flat, [work.params[i] for i in flat]) if flat else None
 
     def _warn_of_rank(self, work: Work) -> None:
@@ -210,7 +210,7 @@ class ProjectedOptimizer(LowBitOptimizer):
             step.projection.run(backend, work, step.tables, step.drawn)
         for index in step.apart(work):
             param = work.params[index]
-            copy = param.contiguous()
+            copy = plain(param)
             self._projection(work, [index], [copy]).run(backend, work, step.tables, step.drawn)
             if copy is not param:
                 param.copy_(copy)

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from a8multi.plan import Moments, StepPlan
+from a8multi.plan import Moments, StepPlan, is_plain
 
 from .reader import TensorReader, UnreadableError, check_values
+from .watched import WatchedState
 
-_COPIED = 16 << 20  # bytes of what is not contiguous, at a time
+_COPIED = 16 << 20  # bytes of what is not plain, at a time
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -32,7 +33,7 @@ class Work:
     Attributes:
         params, groups, numbers, states: the parameters, and each one's group, number in the optimizer and state.
         grads: the gradients, while a step runs; else empty, so that their memory is free for the next backward.
-        strided: indices of the parameters that are not contiguous, or their gradients are not.
+        strided: indices of the parameters that are not ``is_plain``, or their gradients are not.
         projected: indices of the parameters whose gradients are projected, which have plans of their own.
         rows: for each parameter its row in the table of hyper-parameters.
         row_keys: for each row its group, the steps that its parameters have taken and their type. Parameters whose
@@ -71,7 +72,7 @@ class Work:
     ) -> None:
         if projected:
             self.projected.append(len(self.params))
-        elif not (param.is_contiguous() and grad.is_contiguous()):
+        elif not (is_plain(param) and is_plain(grad)):
             self.strided.append(len(self.params))
         self.params.append(param)
         self.grads.append(grad)
@@ -84,7 +85,7 @@ class Work:
         waves: list[list[int]] = []
         room = 0
         for i in self.strided:
-            size = sum(one.nbytes for one in (self.params[i], self.grads[i]) if not one.is_contiguous())
+            size = sum(one.nbytes for one in (self.params[i], self.grads[i]) if not is_plain(one))
             room -= size
             if room < 0 or not waves:
                 waves.append([])
@@ -124,6 +125,9 @@ class Work:
     def remember_metadata(self) -> None:
         self._learn()
         self._metadata = [_facts(tensor) for tensor in self.params + self.grads]
+        # torch's negative bit, which the reader cannot see, is a view's of a complex number's conjugate: of more than
+        # one element that is not contiguous.
+        self._single = [i for i, param in enumerate(self.params) if param.numel() == 1]
 
     def _learn(self) -> None:
         try:
@@ -136,7 +140,8 @@ class Work:
         if self._reader is not None:
             try:
                 self.grads = self._reader.grads(self.params)
-                return True
+                if not any(self.grads[i].is_neg() for i in self._single):
+                    return True
             except UnreadableError:
                 pass  # perhaps in a way that is nothing to a step
         grads: list[Any] = [param.grad for param in self.params]
@@ -166,10 +171,10 @@ class Roster:
         formats: names of those that decide how state is stored.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, options: Sequence[str], formats: Sequence[str]) -> None:
+    def __init__(self, optimizer: WatchedState, options: Sequence[str], formats: Sequence[str]) -> None:
         self.works: dict[torch.device, Work] = {}
         self.idle: list[Tensor] = []  # without gradient, or without elements
-        self._state = optimizer.state
+        self._state = optimizer._states
         self._groups = list(optimizer.param_groups)
         self._params = [list(group["params"]) for group in self._groups]
         self._alone = [_scalars(params) for params in self._params]
@@ -205,8 +210,10 @@ class Roster:
         self._dicts = [self._state, *counted, *others]
         self._held = _flat(one.values() for one in self._dicts)
         self._held_alone = _scalars(self._held)
+        self._tensors = [value for value in self._held if isinstance(value, Tensor)]
+        self._at = _places(self._tensors)
 
-    def holds(self, optimizer: torch.optim.Optimizer, check: Callable[[Group], None]) -> bool:
+    def holds(self, optimizer: WatchedState, check: Callable[[Group], None]) -> bool:
         """Whether this is still all there is to know; then every work has its gradients.
 
         Args:
@@ -214,12 +221,13 @@ class Roster:
         """
         groups = optimizer.param_groups
         return (
-            optimizer.state is self._state
+            optimizer._states is self._state
             and _same(groups, self._groups)
             and all(map(_identical, [group["params"] for group in groups], self._params, self._alone))
             and self._options_hold(check)
             and all(param.grad is None or not param.numel() for param in self.idle)
             and self._states_hold()
+            and (not optimizer._is_handed_out or _places(self._tensors) == self._at)
             and all(work.take_grads() for work in self.works.values())
         )
 
@@ -277,7 +285,7 @@ class _Run(NamedTuple):
 
 def _facts(tensor: Tensor) -> tuple[Any, ...]:
     """All of a tensor's metadata that matters to a step."""
-    return tensor.shape, tensor.dtype, tensor.device, tensor.layout, tensor.is_contiguous()
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout, is_plain(tensor)
 
 
 def _values_of(names: Sequence[str]) -> Callable[[Group], tuple[Any, ...]]:
@@ -301,6 +309,10 @@ def _counted(work: Work) -> Iterable[tuple[int, list[State]]]:
         if not isinstance(state["step"], Tensor):
             found.setdefault((row, len(state), list(state).index("step")), []).append(state)
     return [(row, states) for (row, _, _), states in found.items()]
+
+
+def _places(tensors: list[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def _flat(lists: Iterable[Iterable[Any]]) -> list[Any]:

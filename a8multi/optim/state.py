@@ -22,7 +22,7 @@ from torch import Tensor
 
 from a8multi.backend.registry import backend_for
 from a8multi.errors import StateFormatError
-from a8multi.plan import Moments, MomentSpec, matrix_shape
+from a8multi.plan import Moments, MomentSpec, is_plain, matrix_shape, plain
 from a8multi.quant.formats import FORMATS, StateFormat
 
 State = dict[str, Any]
@@ -103,7 +103,7 @@ def is_ready(state: State, param: Tensor, moments: Moments, on_device: bool) -> 
     return (
         (_counts(step) if on_device else type(step) is int)
         and _held(state) == layout(param, moments)
-        and all(v.device == param.device and v.is_contiguous() for v in state.values() if isinstance(v, Tensor))
+        and all(v.device == param.device and is_plain(v) for v in state.values() if isinstance(v, Tensor))
     )
 
 
@@ -111,8 +111,8 @@ def ensure(state: State, param: Tensor, moments: Moments, on_device: bool) -> No
     """Make the state, or bring what is there into these formats without losing it."""
     for name, value in state.items():
         # The model was moved after a step, or the user put a view there.
-        if isinstance(value, Tensor) and not (value.device == param.device and value.is_contiguous()):
-            state[name] = value.to(param.device).contiguous()
+        if isinstance(value, Tensor) and not (value.device == param.device and is_plain(value)):
+            state[name] = plain(value.to(param.device))
     wanted, held = layout(param, moments), _held(state)
     step = _step(state.get("step", 0), param.device, on_device)
     if held == wanted:

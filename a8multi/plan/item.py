@@ -43,6 +43,16 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     return min(splits, key=sum)
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its memory holds its elements in their order, and not their negatives, as of a conjugate's gradient."""
+    return tensor.is_contiguous() and not tensor.is_neg()
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor itself if it ``is_plain``, else a copy that is."""
+    return tensor.resolve_neg().contiguous()
+
+
 @dataclass(frozen=True)
 class Moments:
     """What is kept of one parameter between steps: the format of each moment, None where there is none.

@@ -226,6 +226,24 @@ def test_parameter_types(kind: Any, make: Any) -> None:
         kind([*parameters([(8,)]), param])
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize("kind", CASES)
+def test_a_parameter_twice_in_a_group(kind: Any) -> None:
+    """torch only warns, and steps it twice with one state; here it would have two states, one of which is lost."""
+    (param,) = parameters([(8,)])
+    with pytest.raises(ValueError, match=r"params: .* twice"):
+        kind([param, param])
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_parts_of_a_dtensor(kind: Any) -> None:
+    """Their step would fail with a message of torch's, or write past the part."""
+    (param,) = parameters([(8,)])
+    param.full_tensor = lambda: param  # what torch.distributed.tensor.DTensor is known by
+    with pytest.raises(ValueError, match="params: a DTensor"):
+        kind([param])
+
+
 def _assert_step_refused(optimizer: Any, params: Any, *words: str) -> None:
     before = snapshot(optimizer, params)
     with pytest.raises(ValueError, match="(?s)" + ".*".join(words)):

@@ -50,6 +50,11 @@ def _expanded(x: Tensor) -> Tensor:
     return x[:1].expand(x.shape)
 
 
+@pytest.fixture(params=["apollo", *MAKES])
+def make_apollo_too(request: Any) -> Any:
+    return MAKES.get(request.param, lambda params: a8multi.APOLLO8bit(params, lr=1e-2, rank=8))
+
+
 LAYOUTS = {"contiguous": _contiguous, "transposed": _transposed, "channels_last": _channels_last, "strided": _strided}
 SHAPES = ((65, 70), (8, 16, 6, 6), (20, 3, 80))
 
@@ -165,3 +170,29 @@ def test_unaligned_parameters(backend: Any) -> None:
         optimizer.step()
         expected.step()
     assert not differences(snapshot(optimizer, [param]), snapshot(expected, [twin]))
+
+
+def _negative(x: Tensor) -> Tensor:
+    """The same values, with the bit that says that the memory holds their negatives."""
+    return torch._neg_view(-x)
+
+
+def test_gradients_whose_memory_holds_their_negatives(backend: Any, make_apollo_too: Any) -> None:
+    expected = _trained(backend.device, make_apollo_too, _contiguous, _contiguous, torch.bfloat16)
+    assert _negative(torch.ones(3)).is_contiguous()
+    found = _trained(backend.device, make_apollo_too, _contiguous, _negative, torch.bfloat16)
+    assert not differences(found, expected)
+
+
+def test_a_gradient_may_become_its_negatives_at_the_same_address(backend: Any) -> None:
+    found = []
+    for lay in (_contiguous, _negative):
+        param = Parameter(normal((1,), 0).to(backend.device))
+        optimizer = a8multi.AdamW8bit([param], lr=1e-2)
+        memory = torch.empty_like(param)
+        for step in range(4):
+            grad = gradient(param.shape, step).to(backend.device)
+            param.grad = memory.copy_(grad) if step < 2 or lay is _contiguous else torch._neg_view(memory.copy_(-grad))
+            optimizer.step()
+        found.append(snapshot(optimizer, [param]))
+    assert not differences(*found)

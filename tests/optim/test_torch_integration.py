@@ -146,3 +146,29 @@ def test_a_process_forked_after_a_step(kind: str) -> None:
     command = [sys.executable, "-c", FORK.format(kind=kind)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+# --- torch.compile. ---
+
+
+@pytest.mark.parametrize("kind", [*KINDS, lambda params: a8multi.APOLLO8bit(params, rank=4)])
+def test_a_compiled_function_may_step(backend: Any, kind: Any) -> None:
+    """Also as the first step of all, when everything is made. What is compiled gives the bits of what is not."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(70, 80).to(backend.device)
+        optimizer = kind(model.parameters())
+        data = torch.randn(4, 70).to(backend.device)
+
+        def train(model: Any = model, optimizer: Any = optimizer, data: Any = data) -> None:
+            model(data).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step = torch.compile(train, backend="eager") if compiled else train
+        for _ in range(3):
+            step()
+        found.append(snapshot(optimizer, list(model.parameters())))
+    assert not differences(*found)
+    torch.compile(optimizer.step, backend="eager")()

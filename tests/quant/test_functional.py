@@ -142,5 +142,12 @@ def test_dequantize_refuses(arguments, options, error, words):
         dequantize_blockwise(*arguments, **options)
 
 
+@pytest.mark.parametrize("fmt", ["int8", "nf4", "log8"])
+def test_values_whose_memory_holds_their_negatives(backend, fmt):
+    values = torch.rand(1000, device=backend.device)
+    expected, found = (quantize_blockwise(one, fmt) for one in (values, torch._neg_view(-values)))
+    assert all(map(torch.equal, expected, found))
+
+
 def test_it_is_exported():
     assert a8multi.functional.quantize_blockwise is quantize_blockwise
