@@ -7,7 +7,13 @@ below is resolved when it is first used (PEP 562).
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+# Started in a checkout, Python finds this folder there before the installed package, and a8multi.loader, which a build
+# puts inside, lies beside it.
+if not any(Path(place, "loader").is_dir() for place in __path__):
+    __path__ = [*__path__, str(Path(__path__[0]).parent)]
 
 # Public name -> the module that defines it.
 _EXPORTS = {

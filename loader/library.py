@@ -7,11 +7,14 @@ its own words when it fails. A path from ``A8MULTI_LIBRARY_PATH`` must work; pat
 from __future__ import annotations
 
 import ctypes
+import stat
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from struct import Struct
+from typing import Any, BinaryIO
 
 from a8multi import settings
 from a8multi.errors import Attempt, BackendUnavailable, LibraryError, LibraryIncompatible, LibraryNotFound, NativeError
@@ -22,6 +25,12 @@ from .structs import ABI_VERSION, STRUCTS, Info, Op, Status, isa_names
 
 # Room for the a8_info of any other ABI version: a library writes its own struct before we can know its size.
 _INFO_ROOM_BYTES = 4096
+
+# Of ELF64 in this machine's byte order: the first bytes, where the two tables of its header are, and where the bytes of
+# a program header are.
+_ELF_IDENT = b"\x7fELF\x02" + (b"\x01" if sys.byteorder == "little" else b"\x02")
+_ELF_HEADER = Struct("=32xQQ6xHHHH2x")
+_ELF_PROGRAM = Struct("=8xQ16xQ16x")
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,7 @@ def load(backend: str) -> Library:
 
 
 def _not_found(backend: str) -> str:
-    rebuild = "reinstall the package (pip install --force-reinstall a8multi, or pip install . in a checkout)"
+    rebuild = search.REINSTALL
     if backend == "cuda":
         rebuild = (
             "the CUDA library is built only where nvcc is found: "
@@ -169,9 +178,10 @@ def _open(backend: str, path: Path) -> Library:
     try:
         handle = ctypes.CDLL(str(path))
     except OSError as error:
-        raise LibraryError(
-            str(path), f"cannot be opened as a library: {error}", "install a build for this platform"
-        ) from error
+        hint = "install a build for this platform"
+        if "failed to map segment" in str(error):
+            hint = "the likely reason is that its file system is mounted noexec: put it on another one"
+        raise LibraryError(str(path), f"cannot be opened as a library: {error}", hint) from error
     last_error = _bind(handle, path, LAST_ERROR)
     info = _handshake(backend, path, _bind(handle, path, GET_INFO), last_error)
     functions = {
@@ -181,15 +191,40 @@ def _open(backend: str, path: Path) -> Library:
 
 
 def _require_readable(path: Path) -> None:
-    # dlopen reports all of these in ways that differ from one platform to the next.
+    """Refuse what dlopen reports in ways that differ between platforms, waits for, or does not survive."""
+    hint = "make it a readable file, or choose another one"
     try:
+        found = path.stat()
+        # Opening a pipe would wait for its other end.
+        if not stat.S_ISREG(found.st_mode):
+            raise LibraryError(str(path), "cannot be read: it is not a regular file", hint)
         with path.open("rb") as file:
-            file.read(1)
-    except FileNotFoundError as error:
+            needed = _elf_bytes(file, found.st_size)
+    # The latter for a package inside an archive.
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise LibraryNotFound(str(path), "no such file") from error
     except OSError as error:
-        hint = "make it a readable file, or choose another one"
         raise LibraryError(str(path), f"cannot be read: {error.strerror or error}", hint) from error
+    if found.st_size < needed:
+        reason = f"is truncated: {found.st_size} of {needed} bytes"
+        raise LibraryError(str(path), reason, f"copy it again (was the disk full?), or {search.REINSTALL}")
+
+
+def _elf_bytes(file: BinaryIO, size: int) -> int:
+    """How long an ELF file of ``size`` bytes must be by its headers; 0 for what dlopen refuses by its first bytes.
+
+    The dynamic linker maps what the headers promise and touches it: a file that ends before kills the process.
+    """
+    header = file.read(_ELF_HEADER.size)
+    if len(header) < _ELF_HEADER.size or not header.startswith(_ELF_IDENT):
+        return 0
+    program_at, section_at, program_size, programs, section_size, sections = _ELF_HEADER.unpack(header)
+    needed = max(program_at + program_size * programs, section_at + section_size * sections)
+    if needed <= size and program_size == _ELF_PROGRAM.size:
+        file.seek(program_at)
+        segments = _ELF_PROGRAM.iter_unpack(file.read(program_size * programs))
+        needed = max([needed, *(offset + length for offset, length in segments if length)])
+    return int(needed)
 
 
 def _bind(handle: ctypes.CDLL, path: Path, entry: Signature) -> Callable[..., Any]:

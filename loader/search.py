@@ -21,6 +21,9 @@ from a8multi.errors import LibraryError, LibraryNotFound, SettingError
 PACKAGE = "a8multi"
 LIBRARIES = ("cpu", "cuda")
 
+# What mends a package that lacks files of its own.
+REINSTALL = "install it again: pip install --force-reinstall . in a checkout, or the wheel that it came from"
+
 
 class Candidate(NamedTuple):
     """A file to try. ``forced`` when the user named it: then it must load, and nothing after it is tried."""

@@ -15,6 +15,24 @@ from . import search
 
 GEOMETRY = "include/a8/geometry.h"
 
+# What the header says, for a package that has lost it: plain torch needs no sources, but the sizes.
+WITHOUT_HEADER = {
+    "A8_CHUNK": 16384,
+    "A8_LANES": 256,
+    "A8_DEALT": 8,
+    "A8_TILE_ROWS": 512,
+    "A8_TILE_COLS": 1024,
+    "A8_RUN_ROWS": 64,
+    "A8_SAMPLES": 8,
+    "A8_TOTALS": 4,
+    "A8_MIN_BLOCK": 32,
+    "A8_MAX_BLOCK": 4096,
+    "A8_USUAL_BLOCK": 128,
+    "A8_THREADS": 256,
+    "A8_UPLOAD_BYTES": 1024,
+    "A8_FEW_CHUNKS": 2048,
+}
+
 _DEFINE = re.compile(
     r"^[ \t]*#[ \t]*define[ \t]+(\w+)[ \t]+(0[xX][0-9a-fA-F]+|\d+)[uUlL]*[ \t]*(?://.*)?$", re.MULTILINE
 )
@@ -37,7 +55,7 @@ def root() -> Path:
     raise LibraryNotFound(
         str(places[-1]),
         f"{GEOMETRY} is in none of {', '.join(map(str, places))}",
-        "reinstall the package: pip install --force-reinstall a8multi",
+        search.REINSTALL,
     )
 
 
@@ -45,13 +63,15 @@ def geometry() -> dict[str, int]:
     """Every integer ``#define`` of geometry.h by name, such as ``{"A8_CHUNK": 16384, ...}``.
 
     Raises:
-        LibraryNotFound: the sources are missing.
         LibraryIncompatible: the file defines no integer at all.
     """
-    path = root() / GEOMETRY
+    try:
+        path = root() / GEOMETRY
+    except LibraryNotFound:
+        return dict(WITHOUT_HEADER)
     found = {name: int(value, 0) for name, value in _DEFINE.findall(path.read_text(encoding="utf-8"))}
     if not found:
-        raise LibraryIncompatible(str(path), "defines no integer", "reinstall the package: its sources are damaged")
+        raise LibraryIncompatible(str(path), "defines no integer", search.REINSTALL)
     return found
 
 
@@ -80,7 +100,7 @@ def _locate(base: Path, includer: PurePosixPath | None, name: str, asked_by: str
     raise LibraryNotFound(
         str(base / name),
         f"no such device source{asked_by}; tried {tried}",
-        "reinstall the package, or correct the #include",
+        f"correct the #include, or {search.REINSTALL}",
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +69,20 @@ def test_star_import() -> None:
 def test_unknown_name() -> None:
     with pytest.raises(AttributeError, match="no attribute 'AdamW4bit'"):
         _ = a8multi.AdamW4bit
+
+
+@pytest.mark.parametrize("arguments", [["-m", "a8multi.loader"], ["-c", "import a8multi; print(a8multi.AdamW8bit)"]])
+def test_started_in_a_checkout(arguments: list[str]) -> None:
+    """Its a8multi/ hides the installed package, and loader/ lies beside it. -S: no hook of an editable install."""
+    done = subprocess.run(
+        [sys.executable, "-S", *arguments],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "a8multi" in done.stdout, done.stderr
 
 
 def test_import_time() -> None:

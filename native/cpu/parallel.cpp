@@ -136,12 +136,31 @@ std::atomic<OpenMp> openmp{nullptr};
 std::atomic<bool> forked{false};  // GNU OpenMP hangs in a child of a process that used it
 
 #if defined(__linux__)
-int find_openmp(dl_phdr_info* info, size_t, void*) {
+struct LoadedLibrary {
+  unsigned skip;  // so many of those that match
+  char path[4096];
+};
+
+// Copies the path and no more: this runs with the linker's list of libraries locked, and what dlopen locks comes before
+// that. A thread that opens a library takes the two in their order, and both would wait for ever.
+int copy_openmp_path(dl_phdr_info* info, size_t, void* data) {
+  LoadedLibrary* found = static_cast<LoadedLibrary*>(data);
   if (!info->dlpi_name || !strstr(info->dlpi_name, "libgomp")) return 0;
-  void* library = dlopen(info->dlpi_name, RTLD_NOLOAD | RTLD_NOW | RTLD_LOCAL);
-  if (!library) return 0;
-  openmp.store(reinterpret_cast<OpenMp>(dlsym(library, "GOMP_parallel")));
-  return openmp.load() != nullptr;
+  if (strlen(info->dlpi_name) >= sizeof(found->path) || found->skip-- != 0) return 0;
+  strcpy(found->path, info->dlpi_name);
+  return 1;
+}
+
+// The first whose name is like it need not be it: a path or another library may hold the word too.
+bool find_openmp() {
+  for (unsigned seen = 0;; ++seen) {
+    LoadedLibrary found = {seen, ""};
+    if (!dl_iterate_phdr(copy_openmp_path, &found)) return false;
+    void* library = dlopen(found.path, RTLD_NOLOAD | RTLD_NOW | RTLD_LOCAL);
+    if (!library) continue;
+    openmp.store(reinterpret_cast<OpenMp>(dlsym(library, "GOMP_parallel")));
+    if (openmp.load()) return true;
+  }
 }
 #endif
 
@@ -149,7 +168,7 @@ OpenMp openmp_of_this_process() {
   if (forked.load(std::memory_order_relaxed)) return nullptr;
 #if defined(__linux__)
   // Looked for once: torch is loaded before the first step.
-  static const int searched = dl_iterate_phdr(find_openmp, nullptr);
+  static const bool searched = find_openmp();
   (void)searched;
 #endif
   return openmp.load(std::memory_order_relaxed);
@@ -157,16 +176,12 @@ OpenMp openmp_of_this_process() {
 
 #if !defined(_WIN32)
 // A forked child has none of the parent's threads and maybe its locks held: it starts anew and leaks the old pool.
-void watch_forks() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] {
-    forked.store(true);
-    pool.store(nullptr);
-    pool_mutex = new std::mutex;
-  });
-  (void)registered;
-}
-#else
-void watch_forks() {}
+// Watched from the moment this library is opened: torch may have used GNU OpenMP before we do.
+[[maybe_unused]] const int watching_forks = pthread_atfork(nullptr, nullptr, [] {
+  forked.store(true);
+  pool.store(nullptr);
+  pool_mutex = new std::mutex;
+});
 #endif
 
 Pool* pool_of_this_process() {
@@ -191,7 +206,6 @@ void a8_parallel(uint32_t threads, uint32_t first, uint32_t count, a8_task task,
   work.count = count;
   uint32_t useful = threads < count ? threads : count;
   if (useful < 2) return work.run();
-  watch_forks();
   if (OpenMp run = openmp_of_this_process())
     run([](void* data) { static_cast<Work*>(data)->run(); }, &work, useful, 0);
   else if (!pool_of_this_process()->try_run(useful, &work))

@@ -24,6 +24,8 @@ from a8multi.cli import main
 from a8multi.cli.info import why
 from a8multi.errors import LibraryError, LibraryNotFound
 from a8multi.loader import library, search
+from a8multi.optim import reader
+from a8multi.plan import step_plan
 
 Build = Callable[..., Path]
 Use = Callable[..., None]
@@ -64,8 +66,10 @@ NO_NVRTC = RuntimeError("CuPy failed to load libnvrtc.so.13: cannot open shared 
 
 
 @pytest.fixture(autouse=True)
-def _fresh(clean_settings: None) -> Iterator[None]:
+def _fresh(clean_settings: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     registry.reset()
+    # What it found in a package of these tests is none of later ones'.
+    monkeypatch.setattr(reader, "_found", {}, raising=False)
     yield
     registry.reset()
 
@@ -223,6 +227,20 @@ def test_each_device_gets_the_backend_that_fits_it(
     for capability, expected in (((9, 0), "cuda"), ((8, 6), "cupy"), ((9, 0), "cuda")):
         monkeypatch.setattr(devices, "describe", lambda device, capability=capability: ("Stub GPU", capability))
         assert a8multi.backend_for("cuda").name == expected
+
+
+def test_plain_torch_needs_no_file_of_the_package_but_its_modules(
+    package: Use, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package(tmp_path)
+    monkeypatch.setattr(search, "source_directories", lambda: (tmp_path,))
+    step_plan.sizes.cache_clear()
+    parameter = torch.nn.Parameter(torch.ones(8192))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = a8multi.AdamW8bit([parameter])
+    optimizer.step()
+    assert a8multi.backend_for("cpu").name == "torch"
+    assert (parameter < 1).all()
 
 
 # --- A8MULTI_LIBRARY_PATH: what it names must load, but need not fit every device. ---

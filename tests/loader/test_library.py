@@ -3,6 +3,7 @@
 import ctypes
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from a8multi import settings
 from a8multi.errors import (
     A8MultiError,
     BackendUnavailable,
@@ -18,7 +20,7 @@ from a8multi.errors import (
     LibraryNotFound,
     NativeError,
 )
-from a8multi.loader import library, search, structs
+from a8multi.loader import library, search, sources, structs
 
 Build = Callable[..., Path]
 Use = Callable[..., None]
@@ -155,6 +157,16 @@ def test_no_file_anywhere_lists_every_place(package: Use, tmp_path: Path) -> Non
     assert caught.value.attempts == tuple((place, "no such file") for place in places)
     assert all(place in str(caught.value) for place in places)
     assert "A8MULTI_LIBRARY_PATH" in str(caught.value)
+    # The package is on no index.
+    assert "pip install --force-reinstall ." in caught.value.hint
+
+
+def test_a_package_inside_an_archive_has_no_library(package: Use, tmp_path: Path) -> None:
+    (tmp_path / "a8multi.zip").touch()
+    package(tmp_path / "a8multi.zip" / "a8multi")
+    with pytest.raises(LibraryNotFound) as caught:
+        library.load("cpu")
+    assert [attempt.outcome for attempt in caught.value.attempts] == ["no such file"]
 
 
 def test_missing_cuda_library_says_how_to_build_it(package: Use, tmp_path: Path) -> None:
@@ -233,6 +245,55 @@ def test_empty_file(use: Use, tmp_path: Path) -> None:
     path = tmp_path / CPU
     path.touch()
     assert "cannot be opened" in refused(path, use, LibraryError).reason
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libraries are ELF files on Linux")
+@pytest.mark.parametrize("part", [0.3, 0.5, 0.75, 0.999])
+def test_truncated_library(part: float, build: Build, use: Use, tmp_path: Path) -> None:
+    """The dynamic linker would map it and die of SIGBUS."""
+    whole = build("native").read_bytes()
+    path = tmp_path / CPU
+    path.write_bytes(whole[: int(len(whole) * part)])
+    error = refused(path, use, LibraryError)
+    assert error.reason == f"is truncated: {path.stat().st_size} of {len(whole)} bytes"
+    assert "copy it again" in error.hint
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libraries are ELF files on Linux")
+@pytest.mark.parametrize("at", [32, 40, 54, 56, 58, 60])  # of what the header says about the two tables
+def test_damaged_header(at: int, build: Build, use: Use, tmp_path: Path) -> None:
+    content = bytearray(build("native").read_bytes())
+    width = 8 if at < 54 else 2
+    content[at : at + width] = b"\xff" * width
+    path = tmp_path / CPU
+    path.write_bytes(content)
+    reason = refused(path, use, LibraryError).reason
+    assert "is truncated" in reason or "cannot be opened" in reason
+
+
+def test_a_device_in_place_of_the_file(use: Use, tmp_path: Path) -> None:
+    (tmp_path / CPU).symlink_to(os.devnull)
+    assert "is not a regular file" in refused(tmp_path / CPU, use, LibraryError).reason
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this operating system has no named pipes in folders")
+def test_a_pipe_in_place_of_the_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / CPU)
+    command = [sys.executable, "-m", "a8multi.loader"]
+    environment = {**os.environ, settings.LIBRARY_PATH.name: str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "is not a regular file" in done.stdout
+
+
+def test_a_file_system_without_execution_is_named(build: Build, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> None:
+        raise OSError(f"{name}: failed to map segment from shared object")  # glibc's words
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    error = refused(build("native", "STUB_NEVER_OPENED"), use, LibraryError)
+    assert "failed to map segment" in error.reason
+    assert "noexec" in error.hint
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other linkers refuse undefined symbols when linking")
@@ -318,9 +379,21 @@ def test_every_failure_says_what_to_do(build: Build, use: Use, package: Use, tmp
         assert "What to do: " in str(caught.value)
 
 
-def test_missing_sources_are_not_taken_for_a_missing_library(
+def test_damaged_sources_are_not_taken_for_a_damaged_library(
     build: Build, use: Use, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(search, "source_directories", lambda: (tmp_path,))
-    path = build("native", "STUB_WITHOUT_SOURCES")
+    path = build("native", "STUB_WITH_DAMAGED_SOURCES")
+    (tmp_path / sources.GEOMETRY).parent.mkdir(parents=True)
+    (tmp_path / sources.GEOMETRY).touch()
     assert "cannot be checked against the device sources" in refused(path, use, LibraryError).reason
+
+
+def test_missing_sources_are_no_obstacle(
+    build: Build, use: Use, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(search, "source_directories", lambda: (tmp_path,))
+    use(build("native", "STUB_WITHOUT_SOURCES"))
+    assert library.load("cpu").info.chunk == 16384
+    error = refused(build("native", "STUB_WITHOUT_SOURCES", "STUB_CHUNK=4096"), use, LibraryIncompatible)
+    assert error.reason == "A8_CHUNK is 4096 in this library, but 16384 in this package"

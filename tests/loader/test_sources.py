@@ -38,6 +38,7 @@ def test_geometry_has_the_numbers_of_the_header() -> None:
     text = (NATIVE / "include" / "a8" / "geometry.h").read_text(encoding="utf-8")
     words = [line.split() for line in text.splitlines() if line.startswith("#define")]
     assert sources.geometry() == {word[1]: int(word[2]) for word in words}
+    assert sources.geometry() == sources.WITHOUT_HEADER
     assert sources.geometry()["A8_CHUNK"] > 0
 
 
@@ -53,6 +54,11 @@ def test_empty_geometry_is_refused(tree: Tree) -> None:
     tree({sources.GEOMETRY: "#pragma once\n"})
     with pytest.raises(LibraryIncompatible, match="defines no integer"):
         sources.geometry()
+
+
+def test_geometry_is_known_without_the_header(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(search, "source_directories", lambda: (tmp_path,))
+    assert sources.geometry() == sources.WITHOUT_HEADER
 
 
 def test_the_installed_package_is_the_last_place(package: Callable[..., None], tmp_path: Path) -> None:
