@@ -21,7 +21,7 @@ from fidelity_families import FAMILIES, OPERATIONS
 import a8multi
 from a8multi.cli import console
 from a8multi.cli.candidates import PEER_PACKAGES
-from a8multi.cli.console import CommandError, positive_int
+from a8multi.cli.console import CommandError, positive_int, require_writable, thread_count
 from a8multi.cli.data import Text
 from a8multi.cli.system import devices, versions
 from a8multi.cli.train import make_reproducible
@@ -43,17 +43,24 @@ def parser(description: str | None, sizes: Mapping[str, int]) -> argparse.Argume
     add("--png", type=Path, metavar="FILE", help="also plot it by step")
     add("--data", metavar="PATH", help="text file or directory; default this Python's standard library")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...; default cpu")
-    add("--threads", type=positive_int, help="CPU threads; default torch's choice")
+    add("--threads", type=thread_count, help="CPU threads; default torch's choice")
     for name, default in sizes.items():
         add(f"--{name.replace('_', '-')}", type=positive_int, default=default, help=f"default {default}")
     return made
 
 
 def prepare(args: argparse.Namespace) -> Any:
-    """Makes the folders that results go to. Returns the module tqdm; CommandError if a package is missing."""
+    """Makes the folders that results go to. Returns the module tqdm.
+
+    Raises:
+        CommandError: a package is missing, or a result could not be written.
+    """
     modules = console.require_train_extra("tqdm", *(["matplotlib"] if args.png else []))
-    for path in filter(None, (args.json, args.png)):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    for option, path in (("--json", args.json), ("--png", args.png)):
+        if path:
+            with console.writing(option, path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            require_writable(option, path)
     return modules[0]
 
 

@@ -11,12 +11,16 @@ from collections.abc import Sequence
 
 from . import report
 
+PROGRAM = "python -m a8multi.loader"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m a8multi.loader", description="What a8multi can run on this machine."
-    )
+    return report.printing(PROGRAM, lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="What a8multi can run on this machine.")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args(arguments)
     found = report.collect()

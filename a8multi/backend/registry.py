@@ -44,8 +44,9 @@ BACKENDS = (
     _Entry("torch", (), "a8multi.backend.torch", "TorchBackend"),
 )
 
-_loaded: dict[str, Any] = {}  # name -> the backend, or the error that says why there is none
-_misfits: dict[tuple[str, torch.device], str | None] = {}
+# (name, where the libraries were looked for) -> the backend, or the error that says why there is none.
+_loaded: dict[tuple[str, tuple[str, ...]], Any] = {}
+_misfits: dict[tuple[Any, torch.device], str | None] = {}  # of a backend on a device
 _chosen: dict[tuple[object, ...], Backend] = {}
 _told: set[str] = set()
 _lock = threading.Lock()
@@ -53,15 +54,17 @@ _override: ContextVar[tuple[str, ...] | None] = ContextVar("a8multi_backend", de
 
 
 def _load(entry: _Entry) -> Any:
-    """The backend of a row; raises the reason, the same one each time, when it cannot run here."""
+    """The backend of a row; raises the reason, the same one until a setting changes, when it cannot run here."""
+    # By the variable's value: a wrong one can be corrected, and a new one counts, in a process that goes on.
+    key = entry.name, settings.library_path()
     with _lock:
-        if entry.name not in _loaded:
+        if key not in _loaded:
             try:
                 module = importlib.import_module(entry.module)
-                _loaded[entry.name] = getattr(module, entry.kind)(*entry.arguments)
+                _loaded[key] = getattr(module, entry.kind)(*entry.arguments)
             except A8MultiError as error:
-                _loaded[entry.name] = error
-        found = _loaded[entry.name]
+                _loaded[key] = error
+        found = _loaded[key]
     if isinstance(found, A8MultiError):
         raise found
     return found
@@ -107,7 +110,7 @@ def _misfit(entry: _Entry, backend: Any, device: torch.device) -> str | None:
         return None
     if device.index is None:  # whichever is current, another one the next time
         return devices.misfit(backend, device)
-    key = entry.name, device
+    key = backend, device
     if key not in _misfits:
         _misfits[key] = devices.misfit(backend, device)
     return _misfits[key]
@@ -127,16 +130,17 @@ def backend_for(device: torch.device | str, op: str = "elementwise") -> Backend:
         BackendUnavailable: none of the backends that A8MULTI_BACKEND or ``use_backend`` names can; says why for each.
         SettingError: A8MULTI_BACKEND holds an unknown name.
     """
-    device = torch.device(device)
-    # Every step asks: an answer stands while nothing changes that it depends on.
+    # Every step asks, with a torch.device: an answer stands while nothing changes that it depends on.
+    if not isinstance(device, torch.device):
+        device = torch.device(device)
     key = (device, op, _override.get(), *settings.deciding())
-    if key not in _chosen:
+    backend = _chosen.get(key)
+    if backend is None:
         backend, refused = _choose(device, op)
         _tell(device, op, backend.name, refused)
         if device.type != "cuda" or device.index is not None:  # else whichever is current, another one the next time
             _chosen[key] = backend
-        return backend
-    return _chosen[key]
+    return backend
 
 
 def _choose(device: torch.device, op: str) -> tuple[Backend, list[tuple[str, str]]]:
@@ -247,7 +251,7 @@ def explain() -> str:
 
 
 def reset() -> None:
-    """Forget what was probed, so that changed settings are seen. For tests and notebooks."""
+    """Forget what was probed, so that a library or a package that is new on this machine is seen. For notebooks."""
     with _lock:
         for memory in (_loaded, _misfits, _chosen, _told):
             memory.clear()

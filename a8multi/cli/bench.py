@@ -1,8 +1,4 @@
-"""Time one optimizer step against torch's fused AdamW and the peers that are installed.
-
-Each optimizer takes turns with torch.optim.AdamW(fused=True) on the same tensors, so that a machine that slows down or
-speeds up does so for both: trust the ratios more than the milliseconds.
-"""
+"""`a8multi bench`: steps of the optimizers, timed beside torch's fused AdamW and the peers."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ import gc
 import json
 import math
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,10 +19,15 @@ from a8multi.cli.console import (
     EXIT_OK,
     CommandError,
     device_argument,
+    first_line,
     format_table,
-    non_negative_int,
     positive_int,
+    require_writable,
+    seed,
     synchronize,
+    thread_count,
+    within_memory,
+    writing,
 )
 from a8multi.cli.parameter_sets import PARAMETER_SETS, Shape
 
@@ -35,6 +37,12 @@ if TYPE_CHECKING:
 
     from a8multi.cli.candidates import Candidate
 
+DESCRIPTION = """\
+Time one optimizer step against torch's fused AdamW and the peers that are installed.
+
+Each optimizer takes turns with torch.optim.AdamW(fused=True) on the same tensors, so that a machine that slows down or
+speeds up does so for both: trust the ratios more than the milliseconds.
+"""
 DEFAULT_SET = "gpt2-52m"
 TIMED_STEPS_CPU = 7
 TIMED_STEPS_DEVICE = 15
@@ -75,57 +83,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="default cuda if there is one, else cpu")
     add("--steps", type=positive_int, help=f"timed steps; default {TIMED_STEPS_CPU} on cpu, else {TIMED_STEPS_DEVICE}")
     add("--only", metavar="PATTERN", help="optimizers whose name holds this text or matches this pattern")
-    add("--threads", type=positive_int, help="CPU threads; default torch's choice")
-    add("--seed", type=non_negative_int, default=0, help="of parameters and gradients; default 0")
+    add("--threads", type=thread_count, help="CPU threads; default torch's choice")
+    add("--seed", type=seed, default=0, help="of parameters and gradients; default 0")
     add("--json", metavar="FILE", type=Path, help="also write every measurement to this file")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints the table. Exit status 1 if one of a8multi's own optimizers could not run."""
+    """Measures, writes, prints the table. Exit status 1 if one of a8multi's own optimizers could not run."""
     import torch
 
     from a8multi.cli.candidates import PEER_PACKAGES, REFERENCE, is_installed
-    from a8multi.cli.system import versions
 
     device = device_argument(args.device)
     chosen = _chosen(args.only)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.json and not args.json.parent.is_dir():
-        raise CommandError(f"--json {args.json}: no directory {args.json.parent}")
+    if args.json:
+        require_writable("--json", args.json)
     steps = args.steps or (TIMED_STEPS_CPU if device.type == "cpu" else TIMED_STEPS_DEVICE)
     shapes = PARAMETER_SETS[args.set]()
     count = sum(map(math.prod, shapes))
     print(
         f"{args.set}: {len(shapes)} tensors, {count / 1e6:.1f} M parameters, {args.dtype}, on {device}"
         f"{f' with {torch.get_num_threads()} threads' if device.type == 'cpu' else ''}; "
-        f"{steps} timed steps after {WARMUP_STEPS}, in turns with {REFERENCE.name}"
+        f"{steps} timed steps after {WARMUP_STEPS}, in turns with {REFERENCE.name}",
+        flush=True,
     )
     missing = [package for package in PEER_PACKAGES if not is_installed(package)]
     if missing:
         print(f"Not installed, so not timed: {', '.join(missing)}")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    parameters = make_parameters(shapes, device, dtype, args.seed)
+    with within_memory("choose a smaller --set"):
+        parameters = make_parameters(shapes, device, dtype, args.seed)
     rows = []
     for candidate in (REFERENCE, *chosen):
-        print(f"  {candidate.name} ...", flush=True)
+        # Not among the results: `| head` must not end the measurement.
+        print(f"  {candidate.name} ...", file=sys.stderr, flush=True)
         rows.append(measure(candidate, parameters, device, steps))
-    print(_table(rows, device))
+    try:
+        if args.json:
+            _write(args, rows, device, steps)
+    finally:
+        print(_table(rows, device))
     if args.json:
-        document = {
-            "set": args.set,
-            "dtype": args.dtype,
-            "device": str(device),
-            "threads": torch.get_num_threads(),
-            "steps": steps,
-            "parameter_count": count,
-            "versions": versions(),
-            "rows": [asdict(row) for row in rows],
-        }
-        args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         print(f"Wrote {args.json}")
     ours_failed = any(row.error for row in rows if row.name.startswith("a8multi "))
     return EXIT_FAILED if ours_failed else EXIT_OK
+
+
+def _write(args: argparse.Namespace, rows: list[Row], device: torch.device, steps: int) -> None:
+    import torch
+
+    from a8multi.cli.system import versions
+
+    document = {
+        "set": args.set,
+        "dtype": args.dtype,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "steps": steps,
+        "parameter_count": sum(map(math.prod, PARAMETER_SETS[args.set]())),
+        "versions": versions(),
+        "rows": [asdict(row) for row in rows],
+    }
+    with writing("--json", args.json):
+        args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def _chosen(pattern: str | None) -> list[Candidate]:
@@ -182,7 +204,7 @@ def measure(candidate: Candidate, parameters: list[torch.nn.Parameter], device: 
             host.append(host_ms)
         _fill(row, optimizer, parameters, device, host)
     except Exception as error:
-        row = Row(candidate.name, error=_one_line(error))
+        row = Row(candidate.name, error=f"{type(error).__name__}: {first_line(error)}")
     finally:
         # The next candidate needs the memory of this one's state.
         optimizer = reference = None  # type: ignore[assignment]
@@ -238,11 +260,6 @@ def _fill(
 
         # The class knows: CAME and APOLLO are of the Adafactor family too.
         row.backend = str(a8multi.backend_for(device, op=optimizer._op).name)  # type: ignore[attr-defined]
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def _table(rows: list[Row], device: torch.device) -> str:

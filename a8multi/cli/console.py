@@ -1,4 +1,4 @@
-"""What the commands share: their error, their exit statuses, plain-text tables, the check for optional packages.
+"""What the commands share: their error, their exit statuses, plain-text tables; checks before any work is done.
 
 Imports the standard library and a8multi.errors only, so that `--help` and a usage error cost no import of torch.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -21,6 +24,13 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 # What a shell reports for a command that SIGINT ended (128 + 2).
 EXIT_INTERRUPTED = 130
+# More is a slip of the hand, and would fail in the middle of the work in words that name no option.
+MOST_SIZE = 2**20
+MOST_THREADS = 4096
+# What torch's generators take.
+MOST_SEED = 2**64 - 1
+# Of the messages of torch's devices; the CPU's error has no class of its own.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class CommandError(A8MultiError):
@@ -48,6 +58,25 @@ def non_negative_int(text: str) -> int:
     return value
 
 
+def size(text: str) -> int:
+    """A dimension of the model or of its batches."""
+    return _at_most(MOST_SIZE, positive_int(text))
+
+
+def thread_count(text: str) -> int:
+    return _at_most(MOST_THREADS, positive_int(text))
+
+
+def seed(text: str) -> int:
+    return _at_most(MOST_SEED, non_negative_int(text))
+
+
+def _at_most(most: int, value: int) -> int:
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{value} is more than {most}")
+    return value
+
+
 def positive_float(text: str) -> float:
     try:
         value = float(text)
@@ -63,6 +92,28 @@ def _whole_number(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def first_line(error: BaseException) -> str:
+    """Of what the error says; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def require_torch() -> None:
+    """Imports what every command needs.
+
+    Raises:
+        CommandError: naming what is missing or broken, and the command that works without it.
+    """
+    for module in ("numpy", "torch"):
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a broken installation raises whatever it meets first
+            raise CommandError(
+                f"this command needs {module}, which could not be imported ({first_line(error)}); "
+                "`python -m a8multi.loader` works without it and shows what this machine has"
+            ) from error
 
 
 def require_train_extra(*modules: str) -> list[ModuleType]:
@@ -97,11 +148,46 @@ def device_argument(text: str | None) -> torch.device:
         device = torch.device(text)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CommandError(f"torch {torch.__version__} cannot use --device {text}: {reason}") from error
+        # Read back: "meta" makes tensors too, but they hold nothing.
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise CommandError(f"torch {torch.__version__} cannot use --device {text}: {first_line(error)}") from error
     return device
+
+
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Turns the OSError of a write in the block into a CommandError that names the option and the path."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(f"{option} {path}: cannot be written ({error.strerror or error})") from error
+
+
+def require_writable(option: str, path: Path) -> None:
+    """Opens a file that results are to go to, and leaves everything as it was.
+
+    Raises:
+        CommandError: it cannot be written. Better now than after the work.
+    """
+    existed = os.path.lexists(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        return  # a pipe would take this for the end of what it gets
+    with writing(option, path), path.open("ab"):
+        pass
+    if not existed:
+        path.unlink()
+
+
+@contextmanager
+def within_memory(advice: str) -> Iterator[None]:
+    """Turns the error of an allocation in the block into a CommandError, which ends with the advice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        raise CommandError(f"there is not enough memory ({first_line(error)}); {advice}") from error
 
 
 def synchronize(device: torch.device) -> None:

@@ -61,6 +61,8 @@ def load_text(path: str | None, context: int) -> Text:
         root = Path(path)
         if not root.exists():
             raise CommandError(f"--data {path}: no such file or directory")
+        if not (root.is_file() or root.is_dir()):
+            raise CommandError(f"--data {path}: neither a file nor a directory")
         files = [root] if root.is_file() else _files_below(root, "", set())
         source = str(root)
         if not files:

@@ -1,8 +1,4 @@
-"""Show what is on this machine, which backend each device gets and why, and test a step on each device.
-
-The self-test compares each device's backend with plain PyTorch; exit status 1 if they differ, or if one cannot run.
-With --model-size, print how much memory each optimizer's state takes instead.
-"""
+"""`a8multi info`: what is on this machine, which backend each device gets, and a self-test."""
 
 from __future__ import annotations
 
@@ -18,6 +14,12 @@ from a8multi.cli.parameter_sets import LEAST_LLAMA, MOST_LLAMA
 if TYPE_CHECKING:
     from a8multi.backend import BackendReport
 
+DESCRIPTION = """\
+Show what is on this machine, which backend each device gets and why, and test a step on each device.
+
+The self-test compares each device's backend with plain PyTorch; exit status 1 if they differ, or if one cannot run.
+With --model-size, print how much memory each optimizer's state takes instead.
+"""
 # Version of the JSON document: raised when a key changes its meaning or goes.
 DOCUMENT_VERSION = 1
 

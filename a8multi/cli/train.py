@@ -1,8 +1,4 @@
-"""Train a small byte-level transformer on real text, with 8-bit or fp32 optimizer state.
-
-Ctrl-C saves a checkpoint; --resume goes on from it bit for bit (same text, device, thread count and torch).
-Writes loss.png, result.json and checkpoint.pt to the output directory.
-"""
+"""`a8multi train`: a small transformer, trained on real text."""
 
 from __future__ import annotations
 
@@ -29,12 +25,26 @@ from a8multi.cli.console import (
     positive_float,
     positive_int,
     require_train_extra,
+    require_writable,
+    seed,
+    size,
+    thread_count,
+    within_memory,
+    writing,
 )
 
 if TYPE_CHECKING:
     from a8multi.cli.trainer import Summary, TrainConfig, Trainer
 
+DESCRIPTION = """\
+Train a small byte-level transformer on real text, with 8-bit or fp32 optimizer state.
+
+Ctrl-C saves a checkpoint; --resume goes on from it bit for bit (same text, device, thread count and torch).
+Writes loss.png, result.json and checkpoint.pt to the output directory.
+"""
 DEFAULT_OUTPUT = "a8multi-train"
+PLOT_NAME = "loss.png"
+RESULT_NAME = "result.json"
 # May differ from the checkpoint's on --resume: they say where to stop, not what the steps compute.
 CHANGEABLE_ON_RESUME = {"steps"}
 SMOOTHING_STEPS = 20
@@ -50,15 +60,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="cpu, cuda, cuda:1, mps, ...; default cuda if there is one, else cpu")
     add("--dtype", choices=("fp32", "bf16"), help="of the parameters; default fp32")
     add("--data", metavar="PATH", help="text file or directory; default this Python's standard library")
-    add("--batch-size", type=positive_int, help="sequences a step; default 16")
-    add("--context", type=positive_int, help="bytes a sequence; default 128")
+    add("--batch-size", type=size, help="sequences a step; default 16")
+    add("--context", type=size, help="bytes a sequence; default 128")
     add("--lr", type=positive_float, help="learning rate; default 1e-3 (adamw), 3e-2 (adafactor)")
     add("--warmup", type=non_negative_int, help="steps of linear warm-up; default 20")
-    add("--seed", type=non_negative_int, help="of weights, batches and rounding noise; default 0")
-    add("--width", type=positive_int, help="of the model; default 160")
-    add("--layers", type=positive_int, help="of the model; default 4")
-    add("--heads", type=positive_int, help="of the model; default 4")
-    add("--threads", type=positive_int, help="CPU threads; default torch's choice")
+    add("--seed", type=seed, help="of weights, batches and rounding noise; default 0")
+    add("--width", type=size, help="of the model; default 160")
+    add("--layers", type=size, help="of the model; default 4")
+    add("--heads", type=size, help="of the model; default 4")
+    add("--threads", type=thread_count, help="CPU threads; default torch's choice")
     add("--output", metavar="DIR", type=Path, help=f"default ./{DEFAULT_OUTPUT}, or where the checkpoint is")
     add("--checkpoint-every", type=positive_int, default=100, metavar="N", help="in steps; default 100")
     add("--resume", metavar="PATH", type=Path, help="checkpoint.pt or its directory; other options come from it")
@@ -93,8 +103,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains, or goes on training, and reports. Returns the exit status."""
     # Asked for before any work: a missing plot library must not show after the last step.
     require_train_extra("tqdm", "matplotlib")
-    from a8multi.cli.data import load_text
-    from a8multi.cli.trainer import CHECKPOINT_NAME, Trainer, read_checkpoint
+    from a8multi.cli.trainer import read_checkpoint
 
     checkpoint = None
     if args.resume:
@@ -104,17 +113,27 @@ def run(args: argparse.Namespace) -> int:
         config = _config(args)
     output: Path = args.output or _default_output(args.resume)
     make_reproducible(config)
+    with within_memory("make --width, --layers, --context or --batch-size smaller"):
+        return _run(args, config, checkpoint, output)
+
+
+def _run(args: argparse.Namespace, config: TrainConfig, checkpoint: dict[str, Any] | None, output: Path) -> int:
+    from a8multi.cli.data import load_text
+    from a8multi.cli.trainer import CHECKPOINT_NAME, Trainer
+
     text = load_text(config.data, config.context)
     try:
         trainer = Trainer(config, text)
     except ValueError as error:
         raise CommandError(str(error)) from error
-    path = output / CHECKPOINT_NAME
     if checkpoint:
-        trainer.load(checkpoint)
-    elif path.exists():
+        trainer.load(checkpoint, args.resume)
+    path = output / CHECKPOINT_NAME
+    _require_output(output, path)
+    if not checkpoint and path.exists():
         older = path.with_name("checkpoint.previous.pt")
-        os.replace(path, older)
+        with writing("--output", older):
+            os.replace(path, older)
         print(f"Kept the checkpoint of an earlier run as {older}")
     _print_start(trainer)
     if not _train(trainer, path, args.checkpoint_every):
@@ -173,6 +192,16 @@ def _default_output(resume: Path | None) -> Path:
     if resume is None:
         return Path(DEFAULT_OUTPUT)
     return resume if resume.is_dir() else resume.parent
+
+
+def _require_output(output: Path, checkpoint: Path) -> None:
+    """Makes the directory. CommandError if one of the files could not be written there."""
+    from a8multi.cli.trainer import partial_path
+
+    with writing("--output", output):
+        output.mkdir(parents=True, exist_ok=True)
+    for path in (partial_path(checkpoint), output / PLOT_NAME, output / RESULT_NAME):
+        require_writable("--output", path)
 
 
 def make_reproducible(config: TrainConfig) -> None:
@@ -238,26 +267,36 @@ def _report(trainer: Trainer, output: Path) -> None:
         )
         for one in summaries
     ]
-    print(format_table(headers, rows))
+    lines = [format_table(headers, rows)]
     if len(summaries) == 2:
         first, twin = summaries
         train_difference = first.train_loss - twin.train_loss
         validation_difference = first.validation_loss - twin.validation_loss
-        print(
+        lines.append(
             f"Loss difference at step {trainer.step}, {first.optimizer} - {twin.optimizer}: "
             f"{train_difference:+.4f} train, {validation_difference:+.4f} validation"
         )
-    print(_footnote(trainer, summaries))
-    plot, result = output / "loss.png", output / "result.json"
-    _plot(trainer, plot)
+    lines.append(_footnote(trainer, summaries))
+    plot, result = output / PLOT_NAME, output / RESULT_NAME
+    # Files first: nobody may be reading what is printed. But a disk that is full takes nothing from those who do.
+    try:
+        _write(trainer, summaries, plot, result)
+    finally:
+        print("\n".join(lines))
+    print(f"Wrote {plot}, {result} and the checkpoint beside them")
+
+
+def _write(trainer: Trainer, summaries: list[Summary], plot: Path, result: Path) -> None:
     document = {
         "config": asdict(trainer.config),
         "steps_done": trainer.step,
         "text": trainer.text.source,
         "runs": [asdict(one) | {"losses": run.losses} for one, run in zip(summaries, trainer.runs, strict=True)],
     }
-    result.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(f"Wrote {plot}, {result} and the checkpoint beside them")
+    with writing("--output", result):
+        result.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    with writing("--output", plot):
+        _plot(trainer, plot)
 
 
 def _footnote(trainer: Trainer, summaries: list[Summary]) -> str:

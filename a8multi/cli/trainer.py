@@ -11,15 +11,16 @@ import math
 import os
 import statistics
 import time
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Container
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import nn
 
 from a8multi.cli import data
-from a8multi.cli.console import CommandError, synchronize
+from a8multi.cli.console import CommandError, first_line, synchronize
 from a8multi.cli.model import ByteTransformer, next_byte_loss
 from a8multi.cli.optimizers import OPTIMIZERS, Choice, backend_name, state_bytes
 from a8multi.errors import A8MultiError
@@ -202,7 +203,7 @@ class Trainer:
             "text_digest": self.text.digest,
             "runs": [run.state_dict() for run in self.runs],
         }
-        partial = path.with_name(path.name + ".partial")
+        partial = partial_path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(checkpoint, partial)
@@ -210,20 +211,37 @@ class Trainer:
         except (OSError, RuntimeError) as error:
             raise CommandError(f"cannot write the checkpoint {path}: {error}") from error
 
-    def load(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on from a checkpoint of read_checkpoint, made with this trainer's config.
+    def load(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """Goes on from a checkpoint of read_checkpoint(path), made with this trainer's config.
 
         Raises:
-            CommandError: the text is not the one of the checkpoint.
+            CommandError: the text is not the one of the checkpoint, or what it holds does not fit its own config.
         """
         if checkpoint["text_digest"] != self.text.digest:
             raise CommandError(
                 f"the text ({self.text.source}) is not the one this checkpoint was trained on, so the run cannot go on "
                 "bit-exactly; give the same text, or start again without --resume"
             )
-        for run, state in zip(self.runs, checkpoint["runs"], strict=True):
-            run.load_state_dict(state)
+        try:
+            for run, state in zip(self.runs, checkpoint["runs"], strict=True):
+                run.load_state_dict(state)
+        except Exception as error:  # whatever a file that was edited leads to
+            # The first line of torch's error is a title.
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+            raise CommandError(
+                f"--resume: {checkpoint_path(path)} does not fit its own options ({type(error).__name__}: {reason})"
+            ) from error
         self.step = checkpoint["step"]
+
+
+def checkpoint_path(path: Path) -> Path:
+    """The file that --resume names: itself, or in its directory."""
+    return path / CHECKPOINT_NAME if path.is_dir() else path
+
+
+def partial_path(checkpoint: Path) -> Path:
+    """Where a checkpoint is written until it is whole."""
+    return checkpoint.with_name(checkpoint.name + ".partial")
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], TrainConfig]:
@@ -236,17 +254,23 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], TrainConfig]:
     Raises:
         CommandError: no such file, or not a checkpoint of this command.
     """
-    if path.is_dir():
-        path = path / CHECKPOINT_NAME
+    path = checkpoint_path(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CommandError(f"--resume: no checkpoint at {path}") from None
     except Exception as error:  # torch.load raises whatever the bytes of a wrong file lead it to
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CommandError(f"--resume: {path} is not a readable checkpoint ({reason})") from error
+        raise CommandError(f"--resume: {path} is not a readable checkpoint ({first_line(error)})") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise CommandError(f"--resume: {path} is no checkpoint of `a8multi train` ({CHECKPOINT_FORMAT}; found {found})")
-    known = {field.name for field in fields(TrainConfig)}
-    return checkpoint, TrainConfig(**{name: value for name, value in checkpoint["config"].items() if name in known})
+    for name, kind in (("config", dict), ("step", int), ("text_digest", str), ("runs", list)):
+        if not isinstance(checkpoint.get(name), kind):
+            raise CommandError(f"--resume: {path} is damaged: its {name} is missing or no {kind.__name__}")
+    kinds = get_type_hints(TrainConfig)
+    options = {name: value for name, value in checkpoint["config"].items() if name in kinds}
+    known: dict[str, Container[str]] = {"optimizer": OPTIMIZERS, "dtype": DTYPES}
+    for name, value in options.items():
+        if not isinstance(value, kinds[name]) or (name in known and value not in known[name]):
+            raise CommandError(f"--resume: {path} has an option that this version does not know: {name} {value!r}")
+    return checkpoint, TrainConfig(**options)

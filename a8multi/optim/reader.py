@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import sysconfig
 from ctypes import c_int64, c_uint64, c_void_p
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from a8multi.loader.structs import Interpreter, Op
 _CAPSULE = "__dlpack_c_exchange_api__", b"dlpack_exchange_api"
 _VERSION_MAJOR = 1  # of DLPack, in which the layout of a tensor stays
 _GRAD = "grad"  # kept alive: the library has its address
+_found: dict[tuple[object, ...], tuple[Library, Any] | str] = {}  # by _look, by the settings of that time
 
 
 class _Exchange(ctypes.Structure):
@@ -103,8 +103,16 @@ def _reader() -> tuple[Library, Any]:
     return found
 
 
-@cache
 def _find() -> tuple[Library, Any] | str:
+    """``_look``, anew only after a variable has changed: every step asks."""
+    key = settings.deciding()
+    found = _found.get(key)
+    if found is None:
+        found = _found[key] = _look()
+    return found
+
+
+def _look() -> tuple[Library, Any] | str:
     """``_reader``, or why there is none."""
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         return "this interpreter has no lock"

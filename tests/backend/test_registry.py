@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import a8multi
 from a8multi import settings
 from a8multi.backend import registry
 from a8multi.errors import LibraryError, LibraryNotFound, SettingError
+from a8multi.optim import reader
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 FOREIGN_ISA = "baseline" if platform.machine().lower() in {"arm64", "aarch64"} else "neon"
@@ -182,6 +184,42 @@ def test_a_named_library_must_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         _step()
     assert str(broken) in str(caught.value)
     assert "What to do" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "text"])
+def test_a_wrong_library_path_can_be_corrected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    """In the process that met it, as in a notebook; and a variable that turns wrong later is not ignored."""
+    (tmp_path / "text").write_text("not a library")
+    for _ in range(2):
+        monkeypatch.setenv("A8MULTI_LIBRARY_PATH", str(tmp_path / name))
+        with pytest.raises((LibraryError, SettingError), match=name):
+            _step()
+        monkeypatch.delenv("A8MULTI_LIBRARY_PATH")
+        _step()
+        assert a8multi.backend_for("cpu").name == "cpu"
+
+
+def test_another_library_takes_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From the next step on, of optimizers that have taken steps too; that of before goes on for who holds it."""
+    param, twin = (torch.nn.Parameter(torch.ones(5000)) for _ in range(2))
+    optimizer, straight = a8multi.AdamW8bit([param]), a8multi.AdamW8bit([twin])
+    packaged = a8multi.backend_for("cpu")
+    copy = tmp_path / Path(packaged.report().path).name
+    shutil.copy(packaged.report().path, copy)
+    for path in (None, tmp_path, None, copy):
+        for one in (param, twin):
+            one.grad = torch.linspace(-1, 1, 5000)
+        straight.step()
+        if path is not None:
+            monkeypatch.setenv("A8MULTI_LIBRARY_PATH", str(path))
+        optimizer.step()
+        chosen = a8multi.backend_for("cpu")
+        assert chosen.report().path == str(copy if path else packaged.report().path)
+        found = reader._find()
+        assert isinstance(found, str) or found[0] is chosen.library
+        assert torch.equal(param, twin)
+        monkeypatch.delenv("A8MULTI_LIBRARY_PATH", raising=False)
+        assert a8multi.backend_for("cpu") is packaged
 
 
 def test_an_instruction_set_that_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from a8multi.cli import bench as bench_command
 from a8multi.cli import candidates
 from a8multi.cli.bench import make_parameters, measure
 from a8multi.cli.candidates import CANDIDATES, REFERENCE, Candidate
@@ -62,6 +63,7 @@ def test_table_and_json_hold_every_optimizer(bench: Command, tmp_path: Path) -> 
     assert (document["set"], document["dtype"], document["device"], document["threads"]) == ("tiny", "bf16", "cpu", 1)
     assert document["parameter_count"] == 64 * 128 + 64 + 105
     assert document["versions"]["torch"] == torch.__version__
+    assert "..." not in result.out  # who reads the results alone does not end the measurement
     rows = {row["name"]: row for row in document["rows"]}
     assert list(rows) == [REFERENCE.name] + [one.name for one in CANDIDATES if one.package == "a8multi"]
     for name, row in rows.items():
@@ -133,7 +135,11 @@ def test_rank_of_apollo_fits_every_matrix() -> None:
         (["--steps", "0"], "0 is not 1 or more"),
         (["--only", "nothing"], "a8multi AdamW8bit"),
         (["--json", "no-such-directory/b.json"], "no-such-directory"),
+        (["--json", "."], "--json .: cannot be written"),
         (["--device", "abacus"], "abacus"),
+        (["--device", "meta"], "--device meta"),
+        (["--threads", "3000000000"], "--threads: 3000000000 is more than"),
+        (["--seed", "99999999999999999999999"], "--seed: 99999999999999999999999 is more than"),
     ],
 )
 def test_bad_arguments(bench: Command, arguments: list[str], words: str) -> None:
@@ -142,3 +148,23 @@ def test_bad_arguments(bench: Command, arguments: list[str], words: str) -> None
     assert result.err.startswith("a8multi bench: error: ")
     assert result.err.count("\n") == 1
     assert words in result.err
+
+
+def test_table_is_shown_when_the_file_cannot_be_written(bench: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk may be full by then."""
+    monkeypatch.setattr(bench_command, "require_writable", lambda option, path: None)
+    result = bench("--only", "a8multi Lion8bit", "--json", ".")
+    assert result.status == 2
+    assert "ratio" in result.out
+    assert "a8multi bench: error: --json .: cannot be written" in result.err
+
+
+def test_too_little_memory_is_one_line(bench: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 7 GiB.\nAnd more")
+
+    monkeypatch.setattr(bench_command, "make_parameters", fail)
+    result = bench()
+    assert result.status == 2
+    assert result.err.count("\n") == 1
+    assert "CUDA out of memory. Tried to allocate 7 GiB.); choose a smaller --set" in result.err

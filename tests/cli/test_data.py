@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,13 @@ def test_text_must_hold_a_sequence(tmp_path: Path, size: int, context: int, fits
 def test_empty_directory(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="no files"):
         load_text(str(tmp_path), 16)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes, which Windows lacks")
+def test_pipe_is_no_text(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CommandError, match="pipe: neither a file nor a directory"):
+        load_text(str(tmp_path / "pipe"), 16)
 
 
 def test_batch_depends_on_seed_and_step_only() -> None:

@@ -212,6 +212,11 @@ def _one_line_error(result: Any, *words: str) -> None:
         (["--data", "no-such-file"], ["no-such-file", "no such file"]),
         (["--context", "100000"], ["--context"]),
         (["--device", "abacus"], ["--device abacus"]),
+        (["--device", "meta"], ["--device meta"]),
+        (["--threads", "3000000000"], ["--threads", "3000000000"]),
+        (["--width", "100000000"], ["--width", "100000000"]),
+        (["--batch-size", "1000000000000"], ["--batch-size", "1000000000000"]),
+        (["--seed", "99999999999999999999999"], ["--seed", "99999999999999999999999"]),
         (["--heads", "3"], ["width 64 is not a multiple of heads 3"]),
         (["--resume", "no-such-checkpoint"], ["no checkpoint at no-such-checkpoint"]),
         (["--no-such-option"], ["--no-such-option"]),
@@ -248,6 +253,109 @@ def test_resume_refuses_what_is_no_checkpoint(command: Command, finished: Path, 
     else:
         path.write_bytes(path.read_bytes()[:5000])
     _one_line_error(command("train", "--resume", finished, "--steps", 4), str(path), "checkpoint")
+
+
+def _drop(checkpoint: dict[str, Any], name: str) -> None:
+    del checkpoint[name]
+
+
+def _option(checkpoint: dict[str, Any], **options: Any) -> None:
+    checkpoint["config"] |= options
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no config": (lambda it: _drop(it, "config"), "config"),
+    "no step": (lambda it: _drop(it, "step"), "step"),
+    "no text": (lambda it: _drop(it, "text_digest"), "text_digest"),
+    "no runs": (lambda it: _drop(it, "runs"), "runs"),
+    "no run": (lambda it: it["runs"].clear(), "does not fit"),
+    "no losses": (lambda it: _drop(it["runs"][0], "losses"), "losses"),
+    "optimizer": (lambda it: _option(it, optimizer="sgd8bit"), "optimizer 'sgd8bit'"),
+    "dtype": (lambda it: _option(it, dtype="fp8"), "dtype 'fp8'"),
+    "width in words": (lambda it: _option(it, width="wide"), "width 'wide'"),
+    "width": (lambda it: _option(it, width=32), "size mismatch"),
+    "other state": (lambda it: _option(it, optimizer="adafactor8bit"), "does not fit"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_resume_from_a_damaged_checkpoint_is_one_line(command: Command, finished: Path, name: str) -> None:
+    damage, words = DAMAGES[name]
+    checkpoint, path = _checkpoint(finished), finished / CHECKPOINT_NAME
+    damage(checkpoint)
+    torch.save(checkpoint, path)
+    _one_line_error(command("train", "--resume", finished, "--steps", 4), str(path), words)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), RuntimeError("[...] can't allocate memory: 9 bytes")])
+def test_too_little_memory_is_one_line(train: Command, tmp_path: Path, monkeypatch: Any, error: Exception) -> None:
+    def fail(_self: Trainer) -> None:
+        raise error
+
+    monkeypatch.setattr(Trainer, "train_step", fail)
+    result = train("--output", tmp_path)
+    assert result.status == 2
+    last_line = result.err.splitlines()[-1]
+    assert last_line.startswith(f"a8multi train: error: there is not enough memory ({error})")
+    assert "--batch-size" in last_line
+
+
+# --- Where the results go. ---
+
+
+@pytest.mark.parametrize(
+    ("output", "fault"),
+    [
+        ("a-file", "a-file"),
+        ("a-file/below", "a-file/below"),
+        ("run", "run/loss.png"),
+        ("run", "run/result.json"),
+        ("run", f"run/{CHECKPOINT_NAME}.partial"),
+    ],
+)
+def test_output_is_tried_before_the_first_step(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, fault: str
+) -> None:
+    monkeypatch.setattr(Trainer, "train_step", lambda _self: pytest.fail("took a step"))
+    (tmp_path / "a-file").touch()
+    if output == "run":
+        (tmp_path / fault).mkdir(parents=True)
+    _one_line_error(train("--output", tmp_path / output), f"--output {tmp_path / fault}: cannot be written")
+
+
+def test_table_is_shown_when_a_file_cannot_be_written(train: Command, tmp_path: Path, monkeypatch: Any) -> None:
+    def fail(_trainer: Trainer, _path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_command, "_plot", fail)
+    result = train("--steps", 2, "--output", tmp_path)
+    assert result.status == 2
+    assert "bytes/param" in result.out
+    assert f"a8multi train: error: --output {tmp_path / 'loss.png'}: cannot be written (No space left" in result.err
+    assert json.loads((tmp_path / "result.json").read_text())["steps_done"] == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a system whose closed pipes are an error of their own")
+def test_results_are_written_for_a_reader_of_one_line(tiny_arguments: list[str], tmp_path: Path) -> None:
+    """`a8multi train | head -1`."""
+    command = [sys.executable, "-m", "a8multi", *tiny_arguments, "--steps", "2", "--output", str(tmp_path / "run")]
+    # Unbuffered, its very first words may come too late for such a reader, which ends it before the first step.
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        assert process.stdout.readline().startswith("Model: ")
+        process.stdout.close()
+        err = process.stderr.read()
+        process.wait(60)
+    finally:
+        process.stderr.close()
+        process.kill()
+        process.wait()
+    assert process.returncode == 141, err
+    assert "Traceback" not in err
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {CHECKPOINT_NAME, "loss.png", "result.json"}
 
 
 @pytest.mark.parametrize("package", ["tqdm", "matplotlib"])

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,6 +85,26 @@ def test_a_driver_older_than_the_cuda_library(build: Build, use: Use, monkeypatc
     reason = report.collect()["cuda"]["devices"][0]["library_reason"]
     assert "CUDA 13.0 toolkit" in reason
     assert "this driver supports CUDA 12.4" in reason
+
+
+def test_letters_that_the_encoding_lacks(use: Use, tmp_path: Path) -> None:
+    use(tmp_path / "\N{LATIN SMALL LETTER E WITH ACUTE}")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "a8multi.loader"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert f"{tmp_path}{os.sep}\\xe9: does not exist" in done.stdout
+
+
+def test_no_standard_output_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a process started with it closed."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert report.printing("name", lambda: 3) == 3
+
+
+def test_errors_of_the_work_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ZeroDivisionError):
+        report.printing("name", lambda: 1 // 0)
 
 
 def test_the_command_runs_without_torch_and_numpy(build: Build, use: Use) -> None:
