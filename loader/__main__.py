@@ -10,13 +10,14 @@ import json
 from collections.abc import Sequence
 
 from . import report
+from .output import printing
 
 PROGRAM = "python -m a8multi.loader"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report. Returns the exit status."""
-    return report.printing(PROGRAM, lambda: _run(arguments))
+    return printing(PROGRAM, lambda: _run(arguments))
 
 
 def _run(arguments: Sequence[str] | None) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from a8multi.cli import bench, info, train
 from a8multi.cli.console import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, CommandError, Parser, require_torch
 from a8multi.errors import A8MultiError
-from a8multi.loader.report import printing
+from a8multi.loader.output import printing
 
 COMMANDS = {"info": info, "train": train, "bench": bench}
 

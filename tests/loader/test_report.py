@@ -13,7 +13,7 @@ import pytest
 import a8multi.loader
 from a8multi import settings
 from a8multi.loader import __main__ as command
-from a8multi.loader import probe, report, search
+from a8multi.loader import output, probe, report, search
 
 Build = Callable[..., Path]
 Use = Callable[..., None]
@@ -99,12 +99,12 @@ def test_letters_that_the_encoding_lacks(use: Use, tmp_path: Path) -> None:
 def test_no_standard_output_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a process started with it closed."""
     monkeypatch.setattr(sys, "stdout", None)
-    assert report.printing("name", lambda: 3) == 3
+    assert output.printing("name", lambda: 3) == 3
 
 
 def test_errors_of_the_work_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ZeroDivisionError):
-        report.printing("name", lambda: 1 // 0)
+        output.printing("name", lambda: 1 // 0)
 
 
 def test_the_command_runs_without_torch_and_numpy(build: Build, use: Use) -> None:
